@@ -1,0 +1,1 @@
+"""Budget-aware pruning of convolutional networks, from training to a measured artifact."""

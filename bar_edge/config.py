@@ -1,0 +1,171 @@
+"""What a run is told: every option of `prune` with its default, read from TOML and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from bar_edge.errors import InputError
+
+PHASES = ("dense", "prune", "tune")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """How weights are trained; each phase (dense, prune, tune) uses the same fields."""
+
+    #: epochs per phase
+    dense: int = 20
+    prune: int = 20
+    tune: int = 12
+    #: images per step
+    batch: int = 128
+    #: optimiser of the weights (the gates have their own): sgd (Nesterov .9) or adamw
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    #: peak learning rates per phase
+    lr_dense: float = 0.1
+    lr_prune: float = 0.02
+    lr_tune: float = 0.02
+    weight_decay: float = 5e-4
+    #: learning-rate schedule: onecycle, cosine or constant; `tune` divides by ten for its last fifth under constant
+    schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
+    #: decay of an exponential moving average of the weights, 0 for none
+    ema: float = 0.0
+    #: auto is bf16 autocast where the device computes bf16 natively, else fp32
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    #: auto (what suits the data set), or a comma list out of crop, flip; none
+    augment: str = "auto"
+    #: processes that decode images, for folders too big for memory
+    workers: int = 2
+    #: cpu, cuda, or auto
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    #: torch threads, 0 for torch's own choice
+    threads: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DistillConfig:
+    """Knowledge distillation (Lemaire et al. 2019, section 3.5): alpha=0 turns it off."""
+
+    alpha: float = 0.9
+    temperature: float = 4.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BarConfig:
+    """Constants of Budget-Aware Regularization; the defaults are ours, `PAPER` holds the printed ones."""
+
+    #: lambda * full cost: weight of the sparsity loss, in units of the data loss
+    lambda_norm: float = 31.13
+    #: transition of the budget b(t): sigmoid, linear or exponential
+    transition: Literal["sigmoid", "linear", "exponential"] = "sigmoid"
+    #: steepness d of the sigmoid or exponential transition
+    steepness: float = 10.0
+    #: b(0) = (1 + slack) * full cost
+    slack: float = 0.01
+    #: a = B - margin * full cost
+    margin: float = 1e-4
+    #: the barrier f is cut off here
+    barrier_cap: float = 20.0
+    #: which deterministic gate counts as open: louizos or median
+    gate_decision: Literal["louizos", "median"] = "louizos"
+    #: fold multiplies the kept gate values into the weights, one drops them
+    kept_gate: Literal["fold", "one"] = "fold"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One `prune` run: model, data, budget, method and all that training needs."""
+
+    model: str
+    data: str = "digits"
+    budget: str = "8x"
+    method: Literal["bar", "random"] = "bar"
+    preset: Literal["default", "paper"] = "default"
+    model_arg: tuple[str, ...] = ()
+    weights: str | None = None
+    teacher: str | None = None
+    task: str = "classification"
+    seed: int = 0
+    max_drop: float | None = None
+    train: TrainConfig = TrainConfig()
+    distill: DistillConfig = DistillConfig()
+    bar: BarConfig = BarConfig()
+
+
+def run_config(values: Mapping[str, Any]) -> RunConfig:
+    """Build a RunConfig from nested TOML data; raises InputError for an unknown key or a wrong type."""
+    return typing.cast(RunConfig, _build(RunConfig, values, ""))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file; raises InputError if it is missing or malformed."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError("a readable TOML file", got=f"{path.name}: {error}") from error
+
+
+def to_toml(config: RunConfig) -> str:
+    """Write a resolved configuration as TOML that `run_config` reads back to an equal record."""
+    lines: list[str] = []
+    tables: list[str] = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            inner = [f"{f.name} = {_toml(getattr(value, f.name))}" for f in dataclasses.fields(value)]
+            tables += ["", f"[{field.name}]", *inner]
+        elif value is not None:
+            lines.append(f"{field.name} = {_toml(value)}")
+    return "\n".join(lines + tables) + "\n"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return repr(value)
+
+
+def _build(kind: type, values: Mapping[str, Any], where: str) -> object:
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise InputError(
+            f"options of {where or 'the run'}: {', '.join(sorted(hints))}", got=", ".join(unknown), remedy="correct the name"
+        )
+    return kind(**{name: _value(hints[name], value, f"{where}{name}") for name, value in values.items()})
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, Mapping):
+            return _build(hint, value, f"{name}.")
+        raise _wrong(name, "a table", value)
+    if typing.get_origin(hint) is Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise _wrong(name, " or ".join(map(str, typing.get_args(hint))), value)
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        raise _wrong(name, "a list of texts", value)
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) in allowed or (value is None and type(None) in allowed):
+        return value
+    raise _wrong(name, " or ".join(t.__name__ for t in allowed), value)
+
+
+def _wrong(name: str, required: str, value: object) -> InputError:
+    return InputError(f"{name}: {required}", got=repr(value), consequence="nothing was started", remedy="correct the option")

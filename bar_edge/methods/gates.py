@@ -1,0 +1,217 @@
+"""The gated network: the user's graph with a gate on every convolution output channel.
+
+A gate scales the affine map that follows its convolution (BatchNorm's weight and bias, or the filters
+themselves), so it costs no activation memory and `fold` is an assignment. A channel of a tensor none of
+whose writers is open is 0 wherever it is read: after operators with f(0) != 0 it is masked again.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from bar_edge.methods import hard_concrete
+from bar_edge.methods.hard_concrete import GateDecision
+from bar_edge.methods.layout import GateLayout, Writers
+from bar_edge.network import Network
+from bar_edge.network.liveness import held_channels
+from bar_edge.network.network import unflatten
+
+aten = torch.ops.aten
+
+
+class ScaledNorm(nn.Module):
+    """BatchNorm whose output is multiplied by a scale per channel; x: (N, C, ...), scale: (C,)."""
+
+    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Return scale * norm(x)."""
+        n = self.norm
+        factor = 0.0 if n.momentum is None else n.momentum
+        if n.training and n.track_running_stats and n.num_batches_tracked is not None:
+            n.num_batches_tracked.add_(1)
+            factor = 1.0 / float(n.num_batches_tracked) if n.momentum is None else factor
+        weight = scale if n.weight is None else n.weight * scale
+        bias = None if n.bias is None else n.bias * scale
+        return F.batch_norm(x, n.running_mean, n.running_var, weight, bias, n.training, factor, n.eps)
+
+
+class ScaledConv(nn.Module):
+    """Convolution whose output is multiplied by a scale per channel; x: (N, C_in, ...), scale: (C_out,)."""
+
+    def __init__(self, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Return scale * conv(x)."""
+        c = self.conv
+        weight = c.weight * scale.view(-1, *[1] * (c.weight.ndim - 1))
+        return c._conv_forward(x, weight, None if c.bias is None else c.bias * scale)  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Site:
+    """Where a factor enters the graph: the gates [first, first + n) themselves, or a mask of live channels."""
+
+    node: fx.Node
+    first: int
+    n: int
+    mask: Writers | None
+
+
+class Gates(nn.Module):
+    """All gates of a network and the factors that they give to the graph.
+
+    log_alpha: (gates,). In training mode gates are sampled, one u per channel and forward pass, from a
+    generator seeded by (seed, step, pass); in eval mode they are deterministic and dead layers are shut.
+    """
+
+    def __init__(self, layout: GateLayout, sites: list[Site], decision: GateDecision, seed: int) -> None:
+        super().__init__()
+        self.log_alpha = nn.Parameter(torch.zeros(layout.size))
+        self.layout, self.sites, self.decision, self.seed = layout, sites, decision, seed
+        self.step, self.passes = 0, 0
+        self._eval: tuple[object, list[Tensor]] | None = None
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Return one factor (channels,) per site."""
+        if not self.training:
+            return tuple(self._deterministic())
+        z = hard_concrete.sample(self.log_alpha, self._noise())
+        opened = (z.detach() > 0).to(z.dtype)
+        return tuple(z[s.first : s.first + s.n] if s.mask is None else s.mask.alive(opened) for s in self.sites)
+
+    def opened(self) -> Tensor:
+        """Return which deterministic gates are open, (gates,) bool."""
+        return hard_concrete.is_open(self.log_alpha.detach(), self.decision)
+
+    def values(self) -> Tensor:
+        """Return the deterministic gates (gates,)."""
+        return hard_concrete.deterministic(self.log_alpha.detach(), self.decision)
+
+    def _noise(self) -> Tensor:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.step) * 1009 + self.passes)
+        self.passes += 1
+        return torch.rand(len(self.log_alpha), generator=generator).to(self.log_alpha.device)
+
+    def _deterministic(self) -> list[Tensor]:
+        key = (self.log_alpha._version, self.log_alpha.device, self.log_alpha.data_ptr())
+        if self._eval is None or self._eval[0] != key:
+            held = held_channels(self.layout.network, self.layout.kept(self.opened()), self.layout.found)
+            z, device = self.values(), self.log_alpha.device
+            names = {first: name for name, (first, _) in self.layout.offsets.items()}
+            factors = []
+            for site in self.sites:
+                node = self.layout.node(names[site.first]) if site.mask is None else site.node
+                alive = held[node].to(device, z.dtype)
+                factors.append(z[site.first : site.first + site.n] * alive if site.mask is None else alive)
+            self._eval = (key, factors)
+        return self._eval[1]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Gates:
+        """Copy the gates; the layout describes the graph and is shared."""
+        new = copy.copy(self)
+        memo[id(self)] = new
+        new._parameters = {"log_alpha": nn.Parameter(self.log_alpha.detach().clone())}
+        new._eval = None
+        return new
+
+
+class GatedNetwork(nn.Module):
+    """A network with gates inside; it shares the modules, hence the weights, of the Network it was made from."""
+
+    def __init__(self, network: Network, *, decision: GateDecision = "louizos", seed: int = 0) -> None:
+        super().__init__()
+        self.layout = GateLayout(network)
+        self.out_spec = network.out_spec
+        sites = _sites(self.layout)
+        self.gates = Gates(self.layout, sites, decision, seed)
+        self.body = _insert(network, self.gates, sites)
+
+    def forward(self, *inputs: Tensor) -> object:
+        """Run the gated graph; outputs as the user's module returns them."""
+        return unflatten(self.body(*inputs), self.out_spec)
+
+
+def _sites(layout: GateLayout) -> list[Site]:
+    """Choose where every gate acts, and where channels must be masked again."""
+    network, found = layout.network, layout.found
+    by_name = {str(node.target): node for node in found if node.op == "call_module"}
+    sites, taken = [], set[fx.Node]()
+    for name, (first, n) in layout.offsets.items():
+        for target in layout.followers(name) or [name]:
+            sites.append(Site(by_name[target], first, n, None))
+            taken.add(by_name[target])
+    for node, passage in found.items():
+        writers = layout.writers[node]
+        if passage.kind == "map" and not passage.keeps_zero and node not in taken and not writers.always.all():
+            sites.append(Site(node, 0, 0, writers))
+    return sites
+
+
+def _insert(network: Network, gates: Gates, sites: list[Site]) -> fx.GraphModule:
+    """Return a graph on the network's own modules, with a call of the gates in front and a factor at every site."""
+    graph = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    where = {site.node: i for i, site in enumerate(sites)}
+    root: dict[str, object] = {"bar_gates": gates}
+    factors: fx.Node | None = None
+    for node in network.nodes:
+        if node.op == "placeholder":
+            made[node] = graph.node_copy(node)
+            continue
+        factors = graph.call_module("bar_gates") if factors is None else factors
+        module = network.module_of(node)
+        if node.op in ("call_module", "get_attr"):
+            root[str(node.target)] = module if module is not None else operator.attrgetter(str(node.target))(network.body)
+        if node not in where:
+            made[node] = graph.node_copy(node, lambda n: made[n])
+            continue
+        site, factor = sites[where[node]], graph.call_function(operator.getitem, (factors, where[node]))
+        scaled = _scaled(module, site)
+        if scaled is not None:
+            root[f"bar_scaled.{node.name}"] = scaled
+            made[node] = graph.call_module(f"bar_scaled.{node.name}", (made[node.all_input_nodes[0]], factor))
+        else:
+            shape = [1] * len(network.shapes[node.name])
+            shape[gates.layout.found[node].axis] = -1
+            shaped = graph.call_function(aten.reshape.default, (factor, shape))
+            made[node] = graph.call_function(aten.mul.Tensor, (graph.node_copy(node, lambda n: made[n]), shaped))
+    return fx.GraphModule(root, graph)
+
+
+def _scaled(module: nn.Module | None, site: Site) -> nn.Module | None:
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+        return ScaledNorm(module)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):  # a masked depthwise bias is scaled like an own gate
+        return ScaledConv(module)
+    return None
+
+
+def fold(network: Network, gated: GatedNetwork) -> None:
+    """Multiply the deterministic gates into the network's own weights, in place: the function stays the same."""
+    z = gated.gates.values()
+    with torch.no_grad():
+        for site in gated.gates.sites:
+            if site.mask is not None:
+                continue
+            module, factor = network.module_of(_same_node(network, site.node)), z[site.first : site.first + site.n]
+            assert module is not None
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.affine:
+                raise NotImplementedError(f"BatchNorm '{site.node.target}' has no weight to fold a gate into")
+            for value in (module.weight, module.bias):
+                if isinstance(value, Tensor):
+                    value.mul_(factor.to(value.device).view(-1, *[1] * (value.ndim - 1)))
+
+
+def _same_node(network: Network, node: fx.Node) -> fx.Node:
+    return next(other for other in network.nodes if other.name == node.name)

@@ -1,0 +1,57 @@
+"""The two leaves that a sliced network has and the user's network has not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class MixedAdd(nn.Module):
+    """Add two tensors that hold different channels of one residual stream (Lemaire et al., section 4.2).
+
+    a: (N, n_a, ...), b: (N, n_b, ...) -> (N, width, ...). Channel i of an operand is added to
+    channel positions[i] of the output; an output channel that neither operand holds does not exist.
+    In first-write order positions_a is 0..n_a-1: the stream keeps its place, new channels are appended.
+    """
+
+    def __init__(self, width: int, positions_a: tuple[int, ...], positions_b: tuple[int, ...]) -> None:
+        super().__init__()
+        assert set(positions_a) | set(positions_b) == set(range(width))
+        self.width, self.positions_a, self.positions_b = width, positions_a, positions_b
+        self.register_buffer("_index_a", torch.tensor(positions_a, dtype=torch.int64), persistent=False)
+        self.register_buffer("_index_b", torch.tensor(positions_b, dtype=torch.int64), persistent=False)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the sum; neither operand is changed."""
+        everything = tuple(range(self.width))
+        if self.positions_a == everything:
+            return a + b if self.positions_b == everything else a.index_add(1, self._index_b, b)
+        shape = (a.shape[0], self.width, *a.shape[2:])
+        return a.new_zeros(shape).index_add(1, self._index_a, a).index_add(1, self._index_b, b)
+
+    def extra_repr(self) -> str:
+        """Describe the widths."""
+        return f"{len(self.positions_a)} + {len(self.positions_b)} -> {self.width}"
+
+
+class Expand(nn.Module):
+    """Put the channels of x back to their places in a wider tensor of zeros.
+
+    x: (..., n, ...) along `axis` -> (..., width, ...): what an operator without a channel rule, or the
+    user of a network's output, expects.
+    """
+
+    def __init__(self, axis: int, width: int, positions: tuple[int, ...]) -> None:
+        super().__init__()
+        self.axis, self.width, self.positions = axis, width, positions
+        self.register_buffer("_index", torch.tensor(positions, dtype=torch.int64), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the wide tensor."""
+        shape = list(x.shape)
+        shape[self.axis] = self.width
+        return x.new_zeros(shape).index_copy(self.axis, self._index, x)
+
+    def extra_repr(self) -> str:
+        """Describe the widths."""
+        return f"{len(self.positions)} -> {self.width} along {self.axis}"

@@ -1,0 +1,300 @@
+"""The one representation of a network: an fx graph whose operations with parameters are nn modules."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from bar_edge.errors import InputError
+from bar_edge.network.mixed import Expand, MixedAdd
+from bar_edge.records import read_json, write_json
+
+#: module types a network is built of, with the constructor arguments that describe them
+MODULES: dict[type[nn.Module], tuple[str, ...]] = {
+    kind: ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias")
+    for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+}
+MODULES |= {
+    kind: ("num_features", "eps", "momentum", "affine", "track_running_stats")
+    for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+}
+MODULES |= {
+    nn.Linear: ("in_features", "out_features", "bias"),
+    nn.PReLU: ("num_parameters",),
+    nn.GroupNorm: ("num_groups", "num_channels", "eps", "affine"),
+    nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine"),
+    nn.Dropout: ("p",),
+    MixedAdd: ("width", "positions_a", "positions_b"),
+    Expand: ("axis", "width", "positions"),
+}
+_MODULES_BY_NAME = {kind.__name__: kind for kind in MODULES}
+_PYTHON_CALLS: dict[str, Callable[..., Any]] = {
+    f"operator.{f.__name__}": f for f in (operator.getitem, operator.add, operator.mul, operator.floordiv, operator.sub)
+}
+_FORMAT = 1
+
+
+class Network(nn.Module):
+    """A traced network that trains, slices, saves and loads without the class that made it.
+
+    Inputs are (N, *input_shapes[i]); N is free, the other sizes are those of the trace. Parameters keep
+    the user's names under `body`. `shapes` maps every tensor of the graph to its shape for N = 2.
+    """
+
+    def __init__(self, body: fx.GraphModule, input_shapes: tuple[tuple[int, ...], ...], out_spec: str) -> None:
+        super().__init__()
+        self.body, self.input_shapes, self.out_spec = body, input_shapes, out_spec
+        body.graph.lint()
+        self.shapes: dict[str, tuple[int, ...]] = _propagate_shapes(body, input_shapes)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Run the graph and return what the user's module returned."""
+        return unflatten(self.body(*inputs), self.out_spec)
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """The operations in the order in which they run."""
+        return list(self.body.graph.nodes)
+
+    def module_of(self, node: fx.Node) -> nn.Module | None:
+        """Return the module that a node calls, or None for a function."""
+        return self.body.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the graph and its modules' settings, not of the weights."""
+        return hashlib.sha256(json.dumps(_describe(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def save(self, folder: Path) -> None:
+        """Write network.json and weights.safetensors; the weights are renamed into place first."""
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / ".weights.safetensors.tmp"
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.body.state_dict().items()}
+        save_file(_without_aliases(tensors), temporary)
+        temporary.replace(folder / "weights.safetensors")
+        write_json(folder / "network.json", _describe(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> Network:
+        """Read what `save` wrote; raises InputError for anything else."""
+        data = read_json(folder / "network.json")
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise InputError(f"a network folder of format {_FORMAT}", got=folder.name, remedy="name a folder of bar-edge")
+        try:
+            network = _rebuild(data)
+            tensors = load_file(folder / "weights.safetensors")
+            own = network.body.state_dict()
+            missing = sorted(set(own) - set(tensors) - set(data["aliases"]))
+            if missing or any(own[name].shape != tensor.shape for name, tensor in tensors.items()):
+                raise ValueError(f"weights.safetensors does not fit network.json (missing: {missing[:5]})")
+            tensors |= {name: tensors[source] for name, source in data["aliases"].items()}
+            network.body.load_state_dict(tensors)
+        except (KeyError, TypeError, ValueError, AttributeError, OSError, RuntimeError, SafetensorError) as error:
+            raise InputError(
+                "a complete network folder", got=f"{folder.name}: {type(error).__name__}: {error}", remedy="export it again"
+            ) from error
+        return network
+
+
+def unflatten(flat: tuple[Any, ...], out_spec: str) -> Any:
+    """Return a graph's flat outputs in the structure that the user's module returned."""
+    return flat[0] if out_spec == "*" else pytree.tree_unflatten(flat, pytree.treespec_loads(out_spec))
+
+
+def is_network_folder(folder: Path) -> bool:
+    """Tell whether `folder` looks like something that Network.save wrote."""
+    return (folder / "network.json").is_file()
+
+
+def _propagate_shapes(body: fx.GraphModule, input_shapes: tuple[tuple[int, ...], ...]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, Tensor):
+                shapes[n.name] = tuple(value.shape)
+            return value
+
+    modes = {module: module.training for module in body.modules()}
+    body.eval()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        device = next((p.device for p in body.parameters()), torch.device("cpu"))
+        dtype = next((p.dtype for p in body.parameters()), torch.float32)
+        Recorder(body).run(*(torch.empty(2, *shape, device=device, dtype=dtype) for shape in input_shapes))
+    for module, training in modes.items():
+        module.training = training
+    return shapes
+
+
+# ---------------------------------------------------------------------------------------------- JSON
+
+
+def _describe(network: Network) -> dict[str, Any]:
+    """Return the graph as JSON data: nodes with encoded arguments, modules with their settings."""
+    body = network.body
+    called = sorted({str(node.target) for node in body.graph.nodes if node.op == "call_module"})
+    tensors = sorted({str(node.target) for node in body.graph.nodes if node.op == "get_attr"})
+    state = body.state_dict()
+    return {
+        "format": _FORMAT,
+        "input_shapes": [list(shape) for shape in network.input_shapes],
+        "out_spec": network.out_spec,
+        "modules": {name: _describe_module(body.get_submodule(name)) for name in called},
+        "tensors": {name: _describe_tensor(body, name) for name in tensors},
+        "aliases": {name: source for name, source in _aliases(state).items() if name != source},
+        "nodes": [
+            {
+                "name": node.name,
+                "op": node.op,
+                "target": _target_name(node),
+                "args": _encode(node.args),
+                "kwargs": _encode(dict(node.kwargs)),
+            }
+            for node in body.graph.nodes
+        ],
+    }
+
+
+def _describe_module(module: nn.Module) -> dict[str, Any]:
+    settings = {}
+    for name in MODULES[type(module)]:
+        value = getattr(module, name)
+        settings[name] = value is not None if name == "bias" else list(value) if isinstance(value, tuple) else value
+    return {"type": type(module).__name__, **settings}
+
+
+def _describe_tensor(body: nn.Module, name: str) -> dict[str, Any]:
+    value = operator.attrgetter(name)(body)
+    return {"shape": list(value.shape), "dtype": str(value.dtype), "parameter": isinstance(value, nn.Parameter)}
+
+
+def _aliases(state: dict[str, Tensor]) -> dict[str, str]:
+    """Map every name to the first name whose tensor shares its storage (safetensors stores it once)."""
+    first: dict[tuple[int, tuple[int, ...]], str] = {}
+    return {
+        name: first.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name) if tensor.numel() else name
+        for name, tensor in state.items()
+    }
+
+
+def _without_aliases(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: state[name] for name, source in _aliases(state).items() if name == source}
+
+
+def _target_name(node: fx.Node) -> str:
+    if node.op != "call_function":
+        return str(node.target)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target)
+    name = f"operator.{getattr(node.target, '__name__', '')}"
+    assert name in _PYTHON_CALLS, f"unexpected call {node.target}"
+    return name
+
+
+def _resolve(name: str) -> Callable[..., Any]:
+    """Return the function behind a stored name: pure ATen operators on tensors and a few Python ones."""
+    if name in _PYTHON_CALLS:
+        return _PYTHON_CALLS[name]
+    namespace, packet, overload = name.split(".")
+    if namespace != "aten":
+        raise ValueError(f"operator {name} is not allowed in a network file")
+    function: torch._ops.OpOverload = getattr(getattr(torch.ops.aten, packet), overload)
+    takes_tensor = any("Tensor" in str(argument.type) for argument in function._schema.arguments)
+    if function._schema.is_mutable or not takes_tensor:
+        raise ValueError(f"operator {name} is not allowed in a network file")
+    return function
+
+
+def _encode(value: Any) -> Any:
+    match value:
+        case fx.Node():
+            return {"node": value.name}
+        case list() | tuple():
+            return [_encode(v) for v in value]
+        case dict():
+            return {"dict": {k: _encode(v) for k, v in value.items()}}
+        case torch.dtype() | torch.memory_format() | torch.layout():
+            return {"torch": str(value).removeprefix("torch.")}
+        case torch.device():
+            return {"device": str(value)}
+        case float() if value in (float("inf"), float("-inf")):
+            return {"float": str(value)}
+        case slice():
+            return {"slice": [_encode(value.start), _encode(value.stop), _encode(value.step)]}
+        case _:
+            assert value is None or isinstance(value, bool | int | float | str), f"cannot store {value!r}"
+            return value
+
+
+def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_decode(v, nodes) for v in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    match kind:
+        case "node":
+            return nodes[content]
+        case "dict":
+            return {k: _decode(v, nodes) for k, v in content.items()}
+        case "torch":
+            decoded = getattr(torch, content)
+            if not isinstance(decoded, torch.dtype | torch.memory_format | torch.layout):
+                raise ValueError(f"torch.{content} is not a dtype, memory format or layout")
+            return decoded
+        case "device":
+            return torch.device(content)
+        case "float":
+            return float(content)
+        case "slice":
+            return slice(*(_decode(v, nodes) for v in content))
+    raise ValueError(f"unknown argument kind {kind}")
+
+
+def _rebuild(data: dict[str, Any]) -> Network:
+    root = nn.Module()
+    for name, description in data["modules"].items():
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in description.items() if k != "type"}
+        attach(root, name, _MODULES_BY_NAME[description["type"]](**settings))
+    for name, description in data["tensors"].items():
+        dtype = getattr(torch, description["dtype"].removeprefix("torch."))
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{description['dtype']} is not a dtype")
+        attach(root, name, torch.zeros(description["shape"], dtype=dtype), parameter=description["parameter"])
+    graph, nodes = fx.Graph(), dict[str, fx.Node]()
+    for item in data["nodes"]:
+        if item["op"] not in ("placeholder", "call_module", "call_function", "get_attr", "output"):
+            raise ValueError(f"node kind {item['op']} is not allowed in a network file")
+        target = _resolve(item["target"]) if item["op"] == "call_function" else item["target"]
+        args, kwargs = tuple(_decode(item["args"], nodes)), _decode(item["kwargs"], nodes)
+        nodes[item["name"]] = graph.create_node(item["op"], target, args, kwargs, name=item["name"])
+    shapes = tuple(tuple(shape) for shape in data["input_shapes"])
+    return Network(fx.GraphModule(root, graph), shapes, data["out_spec"])
+
+
+def attach(root: nn.Module, name: str, value: nn.Module | Tensor, *, parameter: bool = False) -> None:
+    """Put a module, parameter or buffer under a dotted name, making empty parents on the way."""
+    *path, last = name.split(".")
+    parent = root
+    for part in path:
+        if part not in parent._modules:
+            parent.add_module(part, nn.Module())
+        parent = parent.get_submodule(part)
+    if isinstance(value, nn.Module):
+        parent.add_module(last, value)
+    elif parameter or isinstance(value, nn.Parameter):
+        parent.register_parameter(last, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
+    else:
+        parent.register_buffer(last, value)

@@ -1,0 +1,301 @@
+"""From the user's module to a Network: torch.export, then every operation with parameters becomes a module."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from bar_edge.errors import InputError
+from bar_edge.network.network import Network, attach
+
+aten = torch.ops.aten
+
+
+def trace(module: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Network:
+    """Return the module as a Network with copies of its weights; the module itself is left as it was.
+
+    example_inputs: one tensor or a tuple, (N, ...) each; only their shapes without N count.
+    Raises InputError if torch.export does not accept the module or N cannot be left free.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    program = _export(module, inputs)
+    builder = _Builder(module, program)
+    body = builder.build()
+    shapes = tuple(tuple(x.shape[1:]) for x in inputs)
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    network = Network(body, shapes, "*" if spec.is_leaf() else pytree.treespec_dumps(spec))
+    return network.train(module.training)
+
+
+def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """Run torch.export in eval mode with a free batch of 2, quietly."""
+    device = next((p.device for p in module.parameters()), inputs[0].device)
+    pair = tuple(x[:1].to(device).expand(2, *x.shape[1:]).clone() for x in inputs)
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._dynamo", "torch.fx")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            free = tuple({0: torch.export.Dim.AUTO} for _ in pair)
+            program = torch.export.export(module, pair, dynamic_shapes=(free if len(pair) > 1 else free[:1]), strict=False)
+    except Exception as error:  # torch.export raises many kinds; all mean that this module cannot be traced
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise InputError(
+            "a module that torch.export accepts for any batch size",
+            got=f"{type(error).__name__}: {' | '.join(lines[:4])}",
+            consequence="the network cannot be read",
+            remedy="remove data-dependent control flow from forward, or wrap the part that can be traced",
+        ) from error
+    finally:
+        for m, training in modes.items():
+            m.training = training
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    for name in program.graph_signature.user_inputs:
+        node = next(n for n in program.graph.nodes if n.name == name)
+        if not isinstance(node.meta["val"].shape[0], torch.SymInt):
+            raise InputError(
+                "a network that takes any batch size",
+                got=f"a forward that fixes the batch of input '{name}' to {node.meta['val'].shape[0]}",
+                consequence="it could not be trained or exported with another batch",
+                remedy="replace the literal batch size in view/reshape by x.size(0) or -1",
+            )
+    return program
+
+
+class _Builder:
+    """Copies an exported graph, turning placeholders of weights into modules and attributes."""
+
+    def __init__(self, original: nn.Module, program: torch.export.ExportedProgram) -> None:
+        self.original, self.program = original, program
+        self.root, self.graph = nn.Module(), fx.Graph()
+        self.nodes: dict[fx.Node, Any] = {}
+        self.copies: dict[int, Tensor] = {}
+        signature = program.graph_signature
+        self.weights = {
+            **signature.inputs_to_parameters,
+            **signature.inputs_to_buffers,
+            **signature.inputs_to_lifted_tensor_constants,
+        }
+        self.inputs = set(signature.user_inputs)
+        self.mutated = len(signature.buffers_to_mutate) + len(signature.user_inputs_to_mutate)
+
+    def build(self) -> fx.GraphModule:
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                if node.name in self.inputs:
+                    self.nodes[node] = self.graph.placeholder(node.name)
+            elif node.op == "output":
+                self.graph.output(tuple(self._map(arg) for arg in node.args[0][self.mutated :]))
+            elif node.op == "call_function":
+                self.nodes[node] = self._call(node)
+            else:
+                raise InputError("a forward without control flow on data", got=f"{node.op} {node.target}")
+        body = fx.GraphModule(self.root, self.graph)
+        body.graph.eliminate_dead_code()
+        body.recompile()
+        body.delete_all_unused_submodules()
+        return body
+
+    def _call(self, node: fx.Node) -> fx.Node:
+        made = MODULE_BUILDERS.get(node.target, _no_module)(self, node)
+        if made is not None:
+            name, module = made
+            try:
+                existing: nn.Module | None = self.root.get_submodule(name)
+            except AttributeError:
+                existing = None
+            if existing is None:
+                attach(self.root, name, module)
+                existing = module
+            if repr(existing) == repr(module):
+                return self.graph.call_module(name, (self._map(node.args[0]),))
+        target, in_place = _out_of_place(node.target)
+        if _is_flatten(node):
+            return self.graph.call_function(aten.flatten.using_ints, (self._map(node.args[0]), 1))
+        result = self.graph.call_function(target, self._map(node.args), self._map(node.kwargs))
+        if in_place:
+            self.nodes[node.args[0]] = result  # type: ignore[index]  # whoever reads the old name sees the new value
+        return result
+
+    def _map(self, value: Any) -> Any:
+        return fx.map_arg(value, self._node)
+
+    def _node(self, node: fx.Node) -> fx.Node:
+        if node not in self.nodes:  # a weight that no module owns
+            name = self.weights[node.name]
+            attach(self.root, name, self.tensor(node))
+            self.nodes[node] = self.graph.get_attr(name)
+        result = self.nodes[node]
+        assert isinstance(result, fx.Node)
+        return result
+
+    def is_weight(self, value: object) -> bool:
+        """Tell whether an argument is a parameter, buffer or constant of the original module."""
+        return isinstance(value, fx.Node) and value.op == "placeholder" and value.name in self.weights
+
+    def tensor(self, node: fx.Node) -> Tensor:
+        """Return our copy of a weight, one per original tensor; parameters stay parameters."""
+        name = self.weights[node.name]
+        source = self.program.state_dict.get(name, self.program.constants.get(name))
+        assert isinstance(source, Tensor)
+        if id(source) not in self.copies:
+            copy = source.detach().clone()
+            is_parameter = isinstance(source, nn.Parameter)
+            self.copies[id(source)] = nn.Parameter(copy, requires_grad=source.requires_grad) if is_parameter else copy
+        return self.copies[id(source)]
+
+    def owner(self, node: fx.Node, default_leaf: str = "weight") -> tuple[str, nn.Module | None]:
+        """Return the dotted module name that a weight belongs to, and that module in the original."""
+        name = self.weights[node.name]
+        parent, _, leaf = name.rpartition(".")
+        if leaf != default_leaf or not parent:
+            return name.replace(".", "_"), None
+        try:
+            return parent, self.original.get_submodule(parent)
+        except AttributeError:
+            return parent, None
+
+
+Made = tuple[str, nn.Module] | None
+
+
+def _no_module(builder: _Builder, node: fx.Node) -> Made:
+    return None
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """Return a call's arguments by their schema names, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    values = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    values |= {a.name: v for a, v in zip(schema.arguments, node.args, strict=False)}
+    return values | dict(node.kwargs)
+
+
+def _fill(builder: _Builder, module: nn.Module, weights: dict[str, Any]) -> nn.Module:
+    for name, node in weights.items():
+        if node is not None:
+            setattr(module, name, builder.tensor(node))
+    return module
+
+
+def _conv(builder: _Builder, node: fx.Node) -> Made:
+    a = _arguments(node)
+    if not builder.is_weight(a["weight"]) or not (a["bias"] is None or builder.is_weight(a["bias"])):
+        return None
+    weight = builder.tensor(a["weight"])
+    kind = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[weight.ndim]
+    dims = weight.ndim - 2
+
+    def spread(value: Any) -> Any:
+        return value if isinstance(value, str) else tuple(value) * (dims if len(value) == 1 else 1)
+
+    module = kind(
+        weight.shape[1] * a["groups"],
+        weight.shape[0],
+        tuple(weight.shape[2:]),  # type: ignore[arg-type]
+        spread(a["stride"]),
+        spread(a["padding"]),
+        spread(a["dilation"]),
+        a["groups"],
+        a["bias"] is not None,
+    )
+    return builder.owner(a["weight"])[0], _fill(builder, module, {"weight": a["weight"], "bias": a["bias"]})
+
+
+def _batch_norm(builder: _Builder, node: fx.Node) -> Made:
+    a = _arguments(node)
+    tensors = {name: a[name] for name in ("weight", "bias", "running_mean", "running_var")}
+    if tensors["running_mean"] is None or not all(v is None or builder.is_weight(v) for v in tensors.values()):
+        return None
+    name, original = builder.owner(tensors["running_mean"], "running_mean")
+    momentum = original.momentum if isinstance(original, nn.modules.batchnorm._BatchNorm) else a["momentum"]
+    width = builder.tensor(tensors["running_mean"]).shape[0]
+    kind = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(node.meta["val"].ndim, nn.BatchNorm1d)
+    module = kind(width, a["eps"], momentum, affine=tensors["weight"] is not None)
+    return name, _fill(builder, module, tensors)
+
+
+def _linear(builder: _Builder, node: fx.Node) -> Made:
+    a = _arguments(node)
+    if not builder.is_weight(a["weight"]) or not (a["bias"] is None or builder.is_weight(a["bias"])):
+        return None
+    out_features, in_features = builder.tensor(a["weight"]).shape
+    module = nn.Linear(in_features, out_features, bias=a["bias"] is not None)
+    return builder.owner(a["weight"])[0], _fill(builder, module, {"weight": a["weight"], "bias": a["bias"]})
+
+
+def _prelu(builder: _Builder, node: fx.Node) -> Made:
+    a = _arguments(node)
+    if not builder.is_weight(a["weight"]):
+        return None
+    module = nn.PReLU(builder.tensor(a["weight"]).numel())
+    return builder.owner(a["weight"])[0], _fill(builder, module, {"weight": a["weight"]})
+
+
+def _group_norm(builder: _Builder, node: fx.Node) -> Made:
+    a = _arguments(node)
+    if not builder.is_weight(a["weight"]) or not builder.is_weight(a["bias"]):
+        return None
+    module = nn.GroupNorm(a["num_groups"], builder.tensor(a["weight"]).shape[0], a["eps"])
+    return builder.owner(a["weight"])[0], _fill(builder, module, {"weight": a["weight"], "bias": a["bias"]})
+
+
+def _layer_norm(builder: _Builder, node: fx.Node) -> Made:
+    a = _arguments(node)
+    if not builder.is_weight(a["weight"]) or not builder.is_weight(a["bias"]):
+        return None
+    module = nn.LayerNorm(tuple(a["normalized_shape"]), a["eps"])
+    return builder.owner(a["weight"])[0], _fill(builder, module, {"weight": a["weight"], "bias": a["bias"]})
+
+
+def _dropout(builder: _Builder, node: fx.Node) -> Made:
+    stack = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
+    return f"{stack[-1] if stack and stack[-1] else 'functional'}_{node.name}".replace(".", "_"), nn.Dropout(node.args[1])  # type: ignore[arg-type]
+
+
+MODULE_BUILDERS: dict[object, Callable[[_Builder, fx.Node], Made]] = {
+    aten.conv1d.default: _conv,
+    aten.conv1d.padding: _conv,
+    aten.conv2d.default: _conv,
+    aten.conv2d.padding: _conv,
+    aten.conv3d.default: _conv,
+    aten.conv3d.padding: _conv,
+    aten.batch_norm.default: _batch_norm,
+    aten.linear.default: _linear,
+    aten.prelu.default: _prelu,
+    aten.group_norm.default: _group_norm,
+    aten.layer_norm.default: _layer_norm,
+    aten.dropout.default: _dropout,
+    aten.dropout_.default: _dropout,
+}
+
+
+def _out_of_place(target: Any) -> tuple[Any, bool]:
+    """Return the pure twin of an in-place operator (relu_ -> relu) and whether it was one."""
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return target, False
+    packet, overload = target._schema.name.removeprefix("aten::"), target._overloadname
+    twin = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
+    if not packet.endswith("_") or twin is None:
+        raise InputError("a network without operators that write into their input", got=str(target))
+    return twin, True
+
+
+def _is_flatten(node: fx.Node) -> bool:
+    """Tell whether a view or reshape only merges all axes after the batch."""
+    if node.target not in (aten.view.default, aten.reshape.default):
+        return False
+    before, after = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
+    return len(after) == 2 and len(before) > 2 and isinstance(after[0], torch.SymInt) and str(after[0]) == str(before[0])
