@@ -120,7 +120,7 @@ class _Slicer:
         ids = ids[torch.argsort(self.ranks[node][ids])] if node in self.ranks else ids
         position = {int(channel): i for i, channel in enumerate(ids)}
         a, b = (tuple(position[int(channel)] for channel in place) for place in places)
-        if a[: len(b)] == tuple(range(len(b))) and b == tuple(range(len(b))) and a != tuple(range(len(a))):
+        if b == tuple(range(len(b))) and a != tuple(range(len(a))):  # the stream first, what is added second
             a, b, operands = b, a, operands[::-1]
         name = node.name if node.op == "call_function" else str(node.target)
         attach(self.root, name, MixedAdd(len(ids), a, b))

@@ -1,0 +1,199 @@
+"""Surgery backwards: give tensors of a network more channels, zeros, without changing its function."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from bar_edge.network import MixedAdd, Network
+from bar_edge.network.channels import Passages, passages
+from bar_edge.network.network import attach
+from bar_edge.surgery.order import is_identity, streams
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a tensor's channels go in its wider form: channel i becomes channel positions[i] of `width`."""
+
+    width: int
+    positions: tuple[int, ...]
+
+
+def stream_placements(found: Passages) -> dict[fx.Node, Placement]:
+    """Return for every tensor of a residual stream its channels' places in the union over the whole stream.
+
+    Channels that meet in an addition are one channel; the union is ordered by first appearance.
+    """
+    stream = streams(found)
+    joined = {stream[node] for node, passage in found.items() if passage.kind == "add"}
+    start: dict[fx.Node, int] = {}
+    total = 0
+    for node, passage in found.items():
+        start[node], total = total, total + passage.width
+    parent = list(range(total))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for node, passage in found.items():
+        if stream[node] in joined and (passage.kind == "add" or is_identity(passage)):
+            for link in passage.links:
+                for i, o in zip(link.inputs.tolist(), link.outputs.tolist(), strict=True):
+                    a, b = root(start[link.source] + i), root(start[node] + o)
+                    parent[max(a, b)] = min(a, b)
+    rank: dict[fx.Node, dict[int, int]] = {}
+    places: dict[fx.Node, list[int]] = {}
+    for node, passage in found.items():
+        if stream[node] in joined:
+            ranks = rank.setdefault(stream[node], {})
+            roots = [root(start[node] + i) for i in range(passage.width)]
+            places[node] = [ranks.setdefault(r, len(ranks)) for r in roots]
+    return {node: Placement(len(rank[stream[node]]), tuple(p)) for node, p in places.items()}
+
+
+def filled_placements(found: Passages) -> dict[fx.Node, Placement]:
+    """Return placements in which every block writes all channels of the stream so far, zeros where it had none.
+
+    Only where the writer is a convolution, followed by per-channel operators, that nobody else reads.
+    """
+    places: dict[fx.Node, Placement] = {}
+    for passage in found.values():
+        if passage.kind != "add":
+            continue
+        link = passage.links[-1]
+        chain = [link.source]
+        while len(chain[-1].users) == 1 and is_identity(found[chain[-1]]):
+            chain.append(found[chain[-1]].links[0].source)
+        if len(chain[-1].users) == 1 and found[chain[-1]].kind == "read":
+            places |= {node: Placement(passage.width, tuple(link.outputs.tolist())) for node in chain}
+    return places
+
+
+def widen(network: Network, places: dict[fx.Node, Placement]) -> Network:
+    """Return the network with every placed tensor in its wider form; readers of the rest get what they had."""
+    return _Widener(network, places).run()
+
+
+class _Widener:
+    def __init__(self, network: Network, places: dict[fx.Node, Placement]) -> None:
+        self.network, self.found, self.places = network, passages(network), places
+        self.root, self.graph = nn.Module(), fx.Graph()
+        self.made: dict[fx.Node, fx.Node] = {}
+
+    def run(self) -> Network:
+        for node in self.network.nodes:
+            passage, module = self.found.get(node), self.network.module_of(node)
+            kind = passage.kind if passage is not None else "opaque"
+            if kind == "read" and module is not None:
+                source = node.all_input_nodes[0]
+                attach(self.root, str(node.target), _wide_reader(module, self.places.get(node), self.places.get(source)))
+                self.made[node] = self.graph.call_module(str(node.target), (self.made[source],))
+            elif kind == "add" and passage is not None:
+                self._add(node, [link.source for link in passage.links], [link.outputs for link in passage.links])
+            elif passage is not None and is_identity(passage) and self.places.get(node) == self.places.get(passage.links[0].source):
+                if module is not None:
+                    attach(self.root, str(node.target), _wide_alone(module, self.places.get(node)))
+                self.made[node] = self.graph.node_copy(node, lambda n: self.made[n])
+            else:
+                self._copy(node, module)
+        body = fx.GraphModule(self.root, self.graph)
+        body.graph.eliminate_dead_code()
+        body.recompile()
+        body.delete_all_unused_submodules()
+        return Network(body, self.network.input_shapes, self.network.out_spec).train(self.network.training)
+
+    def _add(self, node: fx.Node, sources: list[fx.Node], outputs: list[Tensor]) -> None:
+        out = self.places.get(node) or Placement(self.found[node].width, tuple(range(self.found[node].width)))
+        positions = []
+        for source, places in zip(sources, outputs, strict=True):
+            here = self.places.get(source)
+            old = {own: out.positions[place] for own, place in enumerate(places.tolist())}
+            if here is None:
+                positions.append(tuple(old[i] for i in range(len(old))))
+            else:  # the zeros of a wider operand go to the places that are left, in order
+                own = {p: old[i] for i, p in enumerate(here.positions)}
+                rest = iter(sorted(set(range(out.width)) - set(own.values())))
+                positions.append(tuple(own[i] if i in own else next(rest) for i in range(here.width)))
+        operands = tuple(self.made[source] for source in sources)
+        if positions[0] == positions[1] == tuple(range(out.width)):
+            self.made[node] = self.graph.call_function(aten.add.Tensor, operands)
+            return
+        name = str(node.target) if node.op == "call_module" else node.name
+        attach(self.root, name, MixedAdd(out.width, positions[0], positions[1]))
+        self.made[node] = self.graph.call_module(name, operands)
+
+    def _copy(self, node: fx.Node, module: nn.Module | None) -> None:
+        """Copy any other node; its inputs are cut back to what they were."""
+        if module is not None:
+            attach(self.root, str(node.target), copy.deepcopy(module))
+        elif node.op == "get_attr":
+            *path, last = str(node.target).split(".")
+            attach(self.root, str(node.target), getattr(self.network.body.get_submodule(".".join(path)), last))
+        self.made[node] = self.graph.node_copy(node, self._narrow)
+        assert node not in self.places or node.op == "placeholder" or _is_whole(self.places[node])
+
+    def _narrow(self, node: fx.Node) -> fx.Node:
+        place = self.places.get(node)
+        if place is None or _is_whole(place):
+            return self.made[node]
+        return select(self.graph, self.root, self.made[node], self.found[node].axis, place.positions)
+
+
+def select(graph: fx.Graph, root: nn.Module, x: fx.Node, axis: int, positions: tuple[int, ...]) -> fx.Node:
+    """Append a Gather of channels (a Slice where they are a prefix)."""
+    if positions == tuple(range(len(positions))):
+        return graph.call_function(aten.slice.Tensor, (x, axis, 0, len(positions)))
+    name = f"select_{len(graph.nodes)}"
+    attach(root, name, torch.tensor(positions, dtype=torch.int64))
+    return graph.call_function(aten.index_select.default, (x, axis, graph.get_attr(name)))
+
+
+def _is_whole(place: Placement) -> bool:
+    return place.positions == tuple(range(place.width))
+
+
+def _spread(values: Tensor, axis: int, place: Placement | None, fill: float = 0.0) -> Tensor:
+    if place is None:
+        return values.detach().clone()
+    shape = list(values.shape)
+    shape[axis] = place.width
+    index = torch.tensor(place.positions, device=values.device)
+    return values.new_full(shape, fill).index_copy(axis, index, values.detach())
+
+
+def _wide_reader(module: nn.Module, out: Placement | None, source: Placement | None) -> nn.Module:
+    new = copy.deepcopy(module)
+    assert isinstance(new, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
+    new.weight = nn.Parameter(_spread(_spread(new.weight, 0, out), 1, source))
+    if new.bias is not None:
+        new.bias = nn.Parameter(_spread(new.bias, 0, out))
+    if isinstance(new, nn.Linear):
+        new.out_features, new.in_features = new.weight.shape[:2]
+    else:
+        new.out_channels, new.in_channels = new.weight.shape[:2]
+    return new
+
+
+def _wide_alone(module: nn.Module, place: Placement | None) -> nn.Module:
+    new = copy.deepcopy(module)
+    if place is None:
+        return new
+    tensors: list[tuple[str, Any]] = [*module.named_parameters(), *module.named_buffers()]
+    for name, tensor in tensors:
+        if tensor.ndim:
+            wide = _spread(tensor, 0, place, 1.0 if name == "running_var" else 0.0)
+            setattr(new, name, nn.Parameter(wide) if isinstance(tensor, nn.Parameter) else wide)
+    if isinstance(new, nn.modules.batchnorm._BatchNorm):
+        new.num_features = place.width
+    elif isinstance(new, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        new.groups = new.in_channels = new.out_channels = place.width
+    return new
