@@ -72,6 +72,8 @@ class BarConfig:
     margin: float = 1e-4
     #: the barrier f is cut off here
     barrier_cap: float = 20.0
+    #: the best gate of a protected layer is kept at this log alpha or above
+    protect_floor: float = 0.0
     #: which deterministic gate counts as open: louizos or median
     gate_decision: Literal["louizos", "median"] = "louizos"
     #: fold multiplies the kept gate values into the weights, one drops them

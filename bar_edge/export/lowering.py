@@ -15,7 +15,7 @@ from bar_edge_kernels import gather, scatter_add
 from torch import fx
 
 from bar_edge.errors import InputError
-from bar_edge.export.widen import filled_placements, select, stream_placements, widen
+from bar_edge.export.widen import filled_placements, regular_form, select, stream_placements, widen
 from bar_edge.network import Expand, MixedAdd, Network
 from bar_edge.network.channels import passages
 from bar_edge.network.network import attach
@@ -32,7 +32,7 @@ def lower(network: Network, form: Lowering) -> Network:
     Raises InputError for an unknown form.
     """
     if form == "regular":
-        network = widen(network, stream_placements(passages(network)))
+        network = regular_form(network)
     elif form == "zero-filled":
         network = widen(network, filled_placements(passages(network)))
     elif form not in LOWERINGS:

@@ -78,6 +78,11 @@ def filled_placements(found: Passages) -> dict[fx.Node, Placement]:
     return places
 
 
+def regular_form(network: Network) -> Network:
+    """Return the network as regular residual blocks: all tensors of a stream hold the union of its channels."""
+    return widen(network, stream_placements(passages(network)))
+
+
 def widen(network: Network, places: dict[fx.Node, Placement]) -> Network:
     """Return the network with every placed tensor in its wider form; readers of the rest get what they had."""
     return _Widener(network, places).run()

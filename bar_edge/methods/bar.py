@@ -73,9 +73,7 @@ class BAR:
         gates = self.network.gates
         with torch.no_grad():
             gates.log_alpha.copy_(_open_start(self.layout, dense))
-        device = next(dense.parameters()).device
-        self.network.to(device)
-        self.cost.to(device)
+        self.network.to(next(dense.parameters()).device)
         self.optimizer = GateOptimizer(gates.log_alpha, steps, c)
         self._stats: dict[str, Any] = {"flips": 0}
 
@@ -88,12 +86,13 @@ class BAR:
 
         data_loss: your criterion, the mean over the batch; inputs, outputs: of this batch.
         """
-        total = data_loss
+        gates, total = self.network.gates, data_loss
+        if self.cost.n_in.device != gates.log_alpha.device:
+            self._follow(gates.log_alpha.device)
         if self.teacher is not None and self.distill.alpha:
             with torch.no_grad():
                 soft = self.teacher(inputs)
             total = distillation_loss(data_loss, outputs, soft, self.distill, self.soft_loss)
-        gates = self.network.gates
         opened = gates.opened()
         volume, upper = self.cost.hard(opened), self.schedule.upper(gates.step)
         f = barrier(volume, self.schedule.lower, upper, self.config.barrier_cap)
@@ -107,6 +106,13 @@ class BAR:
             "data_loss": data_loss.detach(),
         }
         return total + self.config.lambda_norm / self.cost.full * f * sparsity.to(total.dtype)
+
+    def _follow(self, device: torch.device) -> None:
+        """Move what works beside the gates to where the user has moved the network."""
+        self.cost.to(device)
+        self.optimizer.momentum = self.optimizer.momentum.to(device)
+        if self.teacher is not None:
+            self.teacher.to(device)
 
     @torch.no_grad()
     def step(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,3 +32,12 @@ class GateOptimizer:
         rate = 12.0 / self.steps * (1 + barrier / 4)
         move = (self.momentum / (self.mean_square**0.5 + 1e-12)).clamp(-5, 5)
         self.log_alpha.sub_(move, alpha=rate).clamp_(-4.6, 4.6)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return momentum, mean square and steps done."""
+        return {"momentum": self.momentum.clone(), "mean_square": self.mean_square, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.momentum.copy_(state["momentum"])
+        self.mean_square, self.count = float(state["mean_square"]), int(state["count"])

@@ -1,6 +1,7 @@
 """From a plan to a smaller network."""
 
 from bar_edge.network.mixed import MixedAdd
+from bar_edge.surgery.masked import masked_outputs, relative_difference
 from bar_edge.surgery.slicing import slice_network
 
-__all__ = ["MixedAdd", "slice_network"]
+__all__ = ["MixedAdd", "masked_outputs", "relative_difference", "slice_network"]

@@ -1,0 +1,40 @@
+# make demo   prunes resnet20 to an eighth on images of handwritten digits, exports it, measures it, writes the page
+# make test   lint, types, tests
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/demo
+ARTIFACT := $(RUN)/artifacts/onnx-fp32
+# workers of pytest; 0 runs everything in one process
+JOBS ?= 2
+
+.PHONY: demo test lint types clean
+
+demo: .venv/installed
+	rm -rf $(RUN)
+	$(BIN)/bar-edge prune --model resnet20 --data digits --budget 8x --max-drop 1 --out $(RUN)
+	$(BIN)/bar-edge export $(RUN) --target onnx
+	$(BIN)/bar-edge bench $(ARTIFACT)
+	$(BIN)/bar-edge verify $(ARTIFACT)
+	$(BIN)/bar-edge report $(RUN)
+
+test: lint types
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: .venv/tested
+	$(BIN)/ruff check .
+
+types: .venv/tested
+	$(BIN)/mypy
+
+# The stamps keep a second `make` from installing again until the metadata or the pins change.
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/tested: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .[test]
+	touch $@
+
+clean:
+	rm -rf .venv runs build dist *.egg-info

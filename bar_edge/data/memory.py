@@ -1,0 +1,67 @@
+"""Splits of a data set that lives decoded in memory, as one uint8 tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from bar_edge.data import augment as augmentation
+from bar_edge.data.source import count_batches
+
+
+class Pixels:
+    """One tensor of images with its targets, copied at most once to each device that asks.
+
+    images: uint8 (N, C, H, W); targets: (N, ...). Splits share it and hold indices.
+    """
+
+    def __init__(self, images: Tensor, targets: Tensor) -> None:
+        self.images, self.targets = images, targets
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {images.device: (images, targets)}
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return (images, targets) on a device."""
+        if device not in self._copies:
+            self._copies[device] = (self.images.to(device), self.targets.to(device))
+        return self._copies[device]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MemorySplit:
+    """A subset of Pixels; see `Split`."""
+
+    pixels: Pixels
+    #: (n,) rows of pixels, in the order of the split
+    indices: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    #: what augment="auto" does
+    automatic: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.indices)
+
+    def n_batches(self, batch: int, drop_last: bool) -> int:
+        """Return how many batches one pass yields."""
+        return count_batches(len(self), batch, drop_last)
+
+    def batches(
+        self, batch: int, *, train: bool, seed: int, epoch: int, device: torch.device | str, augment: str = "auto"
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (images, targets) on `device`; see `Split.batches`."""
+        device = torch.device(device)
+        images, targets = self.pixels.on(device)
+        names = augmentation.parse(augment, self.automatic) if train else ()
+        draws = augmentation.Draws.of(len(self), images.shape[2], seed=seed, epoch=epoch)
+        indices = (self.indices[draws.order] if train else self.indices).to(device)
+        # moved once an epoch: a copy per batch would make a GPU wait
+        rows, columns, flip = (t.to(device) for t in (draws.rows, draws.columns, draws.flip))
+        for number in range(self.n_batches(batch, drop_last=train)):
+            part = slice(number * batch, (number + 1) * batch)
+            chosen = images[indices[part]]
+            chosen = augmentation.crop_and_flip(chosen, rows[part], columns[part], flip[part], names)
+            yield augmentation.normalise(chosen, self.mean, self.std), targets[indices[part]]

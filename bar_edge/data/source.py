@@ -1,0 +1,99 @@
+"""What a data set is to the rest of the code: three splits that yield normalised batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Shape = tuple[int, int, int]
+
+
+class Split(Protocol):
+    """Images and targets in a fixed order."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def n_batches(self, batch: int, drop_last: bool) -> int:
+        """Return how many batches one pass yields; drop_last is what training does."""
+
+    def batches(
+        self, batch: int, *, train: bool, seed: int, epoch: int, device: torch.device | str, augment: str = "auto"
+    ) -> Iterator[tuple[Tensor, Any]]:
+        """Yield (images, targets) on `device`: float32 (N, C, H, W), normalised, channels last if C > 1.
+
+        train: shuffled and augmented by (seed, epoch) alone, without the last partial batch unless
+        the split is smaller than one; otherwise everything, in order, as it is. augment: auto, none,
+        or a comma list out of crop, flip. Raises InputError for an unknown augmentation and for an
+        image that cannot be decoded.
+        """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DataSource:
+    """A data set: choices are made on `held_out`, the numbers reported are read once on `test`."""
+
+    #: for reports; never a path
+    name: str
+    #: channels, height, width
+    input_shape: Shape
+    classes: tuple[str, ...]
+    #: per channel, of the training images scaled to [0, 1]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fit: Split
+    held_out: Split
+    test: Split
+
+
+def count_batches(images: int, batch: int, drop_last: bool) -> int:
+    """Return the number of batches; a split smaller than one batch is one batch in training too."""
+    return max(1, images // batch) if drop_last else -(-images // batch)
+
+
+def generator(*seeds: int) -> torch.Generator:
+    """Return a CPU generator that all the seeds determine together."""
+    # torch's CPU generator uses the low 32 bits of a seed only, so the seeds are hashed, not packed
+    state = np.random.SeedSequence([seed & 0xFFFFFFFF for seed in seeds]).generate_state(1)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split indices into (rest, chosen), both ascending, with the same share of every class chosen.
+
+    labels: (N,) classes, at least one image of a class with two or more is chosen; labels with more
+    dimensions (masks) or of floats are one stratum.
+    """
+    strata = labels if labels.ndim == 1 and not labels.is_floating_point() else torch.zeros(len(labels))
+    draw = generator(seed)
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for stratum in np.unique(strata.numpy()):
+        members = (strata == int(stratum)).nonzero()[:, 0]
+        count = max(round(share * len(members)), min(1, len(members) - 1))
+        chosen[members[torch.randperm(len(members), generator=draw)[:count]]] = True
+    return (~chosen).nonzero()[:, 0], chosen.nonzero()[:, 0]
+
+
+def channel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation per channel, in units of 255, of uint8 images (N, C, H, W).
+
+    The sums are integers that float64 holds exactly, so the result depends on neither order nor threads.
+    """
+    channels = pixels.shape[1]
+    total = torch.zeros(channels, dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    for chunk in torch.split(pixels, 64):
+        values = chunk.permute(1, 0, 2, 3).reshape(channels, -1).double()
+        total += values.sum(1)
+        squares += values.square_().sum(1)
+    count = pixels.numel() // channels
+    mean = total / count
+    std = (squares / count - mean**2).clamp_min(0).sqrt()
+    # a channel that never changes is left unscaled rather than divided by zero
+    std = torch.where(std > 0, std, 255.0)
+    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())

@@ -1,0 +1,33 @@
+"""Whether two runs of a network computed the same; needs no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+#: precision -> the largest max|a-b| / max|a| between torch and the file that counts as equal
+TOLERANCES = {"fp32": 1e-4}
+
+
+def difference(expected: list[np.ndarray], got: list[np.ndarray]) -> tuple[float, float]:
+    """Return max|a-b| and max|a| over all outputs; infinity where a value is not finite or a shape differs."""
+    if [a.shape for a in expected] != [b.shape for b in got]:
+        return float("inf"), 1.0
+    error = max(float(np.abs(a.astype(np.float64) - b).max()) for a, b in zip(expected, got, strict=True))
+    scale = max(float(np.abs(a).max()) for a in expected)
+    return (error, scale) if np.isfinite(error) and np.isfinite(scale) else (float("inf"), 1.0)
+
+
+def relative(error: float, scale: float) -> float:
+    """Return error / scale, where no error on an output of zeros is none."""
+    return 0.0 if error == 0 else error / scale if scale else float("inf")
+
+
+def cpu_session(path: Path) -> onnxruntime.InferenceSession:
+    """Open a file in ONNX Runtime on one CPU thread."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,25 @@
+"""Training on Lightning Fabric: tasks, phases, distillation and resume."""
+
+from bar_edge.training.hardware import choose_device, choose_precision
+from bar_edge.training.journal import Journal, Record
+from bar_edge.training.loop import Pruner, evaluate, train
+from bar_edge.training.optimizers import Phase
+from bar_edge.training.progress import NoProgress, Progress
+from bar_edge.training.tasks import TASKS, Distills, Task, load_task
+
+__all__ = [
+    "TASKS",
+    "Distills",
+    "Journal",
+    "NoProgress",
+    "Phase",
+    "Progress",
+    "Pruner",
+    "Record",
+    "Task",
+    "choose_device",
+    "choose_precision",
+    "evaluate",
+    "load_task",
+    "train",
+]

@@ -1,0 +1,289 @@
+"""Training and evaluating a network, one phase at a time: dense, prune, tune."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import torch
+from lightning_fabric import Fabric, seed_everything
+from torch import Tensor, nn
+
+from bar_edge.config import DistillConfig, TrainConfig
+from bar_edge.data import DataSource, Split
+from bar_edge.errors import InputError
+from bar_edge.methods.distillation import distillation_loss
+from bar_edge.training.hardware import choose_device, choose_precision, make_fabric
+from bar_edge.training.journal import Journal, Record
+from bar_edge.training.optimizers import MovingAverage, Phase, learning_rate, make_optimizer
+from bar_edge.training.progress import NoProgress, Progress
+from bar_edge.training.tasks import Distills, Task
+
+#: steps from one line of metrics.jsonl to the next; only there does the host wait for the device
+LOG_STRIDE = 20
+
+
+class Pruner(Protocol):
+    """What a method such as `BAR` adds to the training of its gated network."""
+
+    def weights(self) -> list[nn.Parameter]:
+        """Return what the optimiser of the weights trains."""
+        ...
+
+    def loss(self, data_loss: Tensor, inputs: Tensor, outputs: Any, /) -> Tensor:
+        """Return the training loss: data term, distillation, penalty."""
+        ...
+
+    def step(self) -> None:
+        """Do what follows each step of the weights."""
+        ...
+
+    def stats(self) -> Mapping[str, float]:
+        """Return volume, budget, barrier, sparsity, open and flips of the last step."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` needs, tensors and numbers only."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Go on from a state."""
+        ...
+
+
+def evaluate(
+    network: nn.Module,
+    split: Split,
+    task: Task,
+    *,
+    batch: int,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+) -> float:
+    """Return the task's metric of a network in eval mode over a whole split, exact for any batch size.
+
+    Moves the network to the device and leaves it there, in the mode it was in.
+    """
+    place = choose_device(device)
+    fabric = make_fabric(place, choose_precision(precision, place))
+    return _evaluate(fabric, fabric.setup_module(network), split, task, batch)
+
+
+def train(
+    network: nn.Module,
+    data: DataSource,
+    task: Task,
+    config: TrainConfig,
+    phase: Phase,
+    *,
+    seed: int = 0,
+    teacher: nn.Module | None = None,
+    distill: DistillConfig = DistillConfig(),
+    pruner: Pruner | None = None,
+    journal: Journal | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Train a network in place for the phase's epochs, and leave it in eval mode on the training device.
+
+    teacher: distilled from if the task can; a pruner brings its own instead. pruner: `network` is its gated
+    network then, and no moving average is kept, since weights and gates only fit together as they are.
+    journal: where metrics and one checkpoint per epoch go; a phase that it knows goes on where it stopped, a
+    finished one is only loaded. 0 epochs change nothing. Raises InputError if the loss stops being finite, if
+    nothing is trainable, or if a checkpoint belongs to another run.
+    """
+    if getattr(config, phase):
+        _Training(network, data, task, config, phase, seed, teacher, distill, pruner, journal, progress).run()
+
+
+class _Training:
+    """One phase while it runs."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        data: DataSource,
+        task: Task,
+        config: TrainConfig,
+        phase: Phase,
+        seed: int,
+        teacher: nn.Module | None,
+        distill: DistillConfig,
+        pruner: Pruner | None,
+        journal: Journal | None,
+        progress: Progress | None,
+    ) -> None:
+        self.network, self.data, self.task, self.config, self.phase = network, data, task, config, phase
+        self.seed, self.distill, self.pruner, self.journal = seed, distill, pruner, journal
+        self.progress: Progress = progress or NoProgress()
+        self.epochs: int = getattr(config, phase)
+        self.steps_per_epoch = data.fit.n_batches(config.batch, drop_last=True)
+        self.device = choose_device(config.device)
+        self.precision = choose_precision(config.precision, self.device)
+        self.fabric = make_fabric(self.device, self.precision)
+        network.to(self.device)
+        weights = network.parameters() if pruner is None else pruner.weights()
+        self.raw_optimizer = make_optimizer(weights, config, getattr(config, f"lr_{phase}"))
+        self.model, self.optimizer = self.fabric.setup(network, self.raw_optimizer)
+        distills = bool(distill.alpha) and pruner is None and isinstance(task, Distills)
+        self.teacher = self.fabric.setup_module(teacher.eval()) if teacher is not None and distills else None
+        self.ema = MovingAverage(network, config.ema) if config.ema and pruner is None else None
+
+    def run(self) -> None:
+        """Train the epochs that the journal does not hold yet."""
+        first = self._resume()
+        if first < self.epochs:
+            self.progress.phase(self.phase, self.epochs, self.epochs * self.steps_per_epoch)
+            if self.journal is not None:
+                self.journal.rewind()
+            for epoch in range(first, self.epochs):
+                self._train_epoch(epoch)
+                if self.journal is not None:
+                    self.journal.save(self.phase, self._state(epoch + 1))
+            self.progress.done()
+        if self.ema is not None:
+            self.ema.swap()
+        self.network.eval()
+
+    def _train_epoch(self, epoch: int) -> None:
+        # seeding every epoch anew is what lets a resumed run draw the same numbers without storing any state
+        seed_everything(_derived_seed(self.seed, self.phase, epoch), verbose=False)
+        self.model.train()
+        sums, since = torch.zeros(2, device=self.device), 0
+        order_seed = _derived_seed(self.seed, self.phase)
+        batches = self.data.fit.batches(
+            self.config.batch, train=True, seed=order_seed, epoch=epoch, device=self.device, augment=self.config.augment
+        )
+        for done, (images, targets) in enumerate(batches, start=1):
+            step = epoch * self.steps_per_epoch + done
+            sums += self._step(step - 1, images, targets)
+            since += 1
+            if done == self.steps_per_epoch or since == LOG_STRIDE:
+                record = self._record(epoch, step, (sums / since).tolist())
+                if done == self.steps_per_epoch:
+                    record["metric"] = self._held_out()
+                    self.progress.epoch(record)
+                self.progress.step(record)
+                if self.journal is not None:
+                    self.journal.append(record)
+                sums, since = torch.zeros(2, device=self.device), 0
+
+    def _step(self, step: int, images: Tensor, targets: Tensor) -> Tensor:
+        """Do one step of the weights (and gates); return (loss, data loss) `(2,)`, on the device."""
+        for group in self.raw_optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.phase, step, self.epochs * self.steps_per_epoch)
+        outputs = self.model(images)
+        data_loss = loss = self.task.loss(outputs, targets)
+        if self.pruner is not None:
+            with self.fabric.autocast():  # for the forward pass of the pruner's own teacher
+                loss = self.pruner.loss(data_loss, images, outputs)
+        elif self.teacher is not None:
+            assert isinstance(self.task, Distills)
+            with torch.no_grad():
+                soft = self.teacher(images)
+            loss = distillation_loss(data_loss, outputs, soft, self.distill, self.task.distill)
+        self.optimizer.zero_grad()
+        self.fabric.backward(loss)
+        self.optimizer.step()
+        if self.pruner is not None:
+            self.pruner.step()
+        if self.ema is not None:
+            self.ema.update(step)
+        return torch.stack([loss.detach(), data_loss.detach()]).float()
+
+    def _record(self, epoch: int, step: int, losses: list[float]) -> Record:
+        """Return a line of metrics.jsonl; losses: (loss, data loss), means since the last line."""
+        if not all(map(math.isfinite, losses)):
+            raise InputError(
+                "a finite training loss",
+                got=f"loss {losses[0]}, data loss {losses[1]} by step {step}, epoch {epoch + 1} of phase {self.phase}",
+                consequence="training stopped; the checkpoint of the epoch before is kept",
+                remedy=f"lower lr_{self.phase}, or train with precision = fp32",
+            )
+        stats = {} if self.pruner is None else self.pruner.stats()
+        gates = {name: stats.get(name) for name in ("barrier", "volume", "budget", "sparsity")}
+        counts = {name: int(stats[name]) if name in stats else None for name in ("open", "flips")}
+        return {
+            "step": step,
+            "epoch": epoch + 1,
+            "phase": self.phase,
+            "loss": losses[0],
+            "data_loss": losses[1],
+            **gates,
+            **counts,
+            "lr": self.raw_optimizer.param_groups[0]["lr"],
+            "metric": None,
+        }
+
+    def _held_out(self) -> float:
+        with self.ema.in_place() if self.ema is not None else contextlib.nullcontext():
+            return _evaluate(self.fabric, self.model, self.data.held_out, self.task, self.config.batch)
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what a resumed run must share with the one that was stopped."""
+        config, teacher = self.config, self.teacher is not None
+        return {
+            "epochs": self.epochs,
+            "seed": self.seed,
+            "steps_per_epoch": self.steps_per_epoch,
+            "batch": config.batch,
+            "optimizer": config.optimizer,
+            "lr": getattr(config, f"lr_{self.phase}"),
+            "weight_decay": config.weight_decay,
+            "schedule": config.schedule,
+            "ema": config.ema,
+            "precision": self.precision,
+            "augment": config.augment,
+            "alpha": self.distill.alpha if teacher else None,
+            "temperature": self.distill.temperature if teacher else None,
+        }
+
+    def _state(self, epochs_done: int) -> dict[str, Any]:
+        return {
+            "settings": self._settings(),
+            "epochs_done": epochs_done,
+            "network": dict(self.network.state_dict()),
+            "optimizer": self.raw_optimizer.state_dict(),
+            "ema": None if self.ema is None else self.ema.average,
+            "pruner": None if self.pruner is None else self.pruner.state_dict(),
+        }
+
+    def _resume(self) -> int:
+        """Load the last checkpoint of this phase, if there is one; return how many epochs it has done."""
+        state = None if self.journal is None else self.journal.load(self.phase, self._settings())
+        if state is None:
+            return 0
+        try:
+            self.network.load_state_dict(state["network"])
+            self.raw_optimizer.load_state_dict(state["optimizer"])
+            if self.ema is not None:
+                self.ema.load(state["ema"])
+            if self.pruner is not None:
+                self.pruner.load_state_dict(state["pruner"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise InputError(
+                f"a checkpoint of this network in phase {self.phase}",
+                got=str(error),
+                remedy="give the same model, or start without --resume",
+            ) from error
+        return int(state["epochs_done"])
+
+
+def _evaluate(fabric: Fabric, model: nn.Module, split: Split, task: Task, batch: int) -> float:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    total: Tensor | None = None
+    with torch.no_grad():
+        for images, targets in split.batches(batch, train=False, seed=0, epoch=0, device=fabric.device):
+            counts = task.metric(model(images), targets)
+            total = counts if total is None else total + counts
+    for module, training in modes:
+        module.training = training
+    assert total is not None, "a split holds at least one image"
+    return task.value(total)
+
+
+def _derived_seed(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")

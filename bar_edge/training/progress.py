@@ -1,0 +1,43 @@
+"""Who watches training."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from bar_edge.training.journal import Record
+
+
+class Progress(Protocol):
+    """Is told how training goes; records hold the keys of a metrics.jsonl line."""
+
+    def phase(self, name: str, epochs: int, steps: int) -> None:
+        """A phase starts or goes on; steps: of all its epochs together."""
+        ...
+
+    def step(self, record: Record) -> None:
+        """Some steps were done, record["step"] so far in this phase."""
+        ...
+
+    def epoch(self, record: Record) -> None:
+        """An epoch was done, record["metric"] is the held-out metric."""
+        ...
+
+    def done(self) -> None:
+        """The phase ended."""
+        ...
+
+
+class NoProgress:
+    """Nobody watches."""
+
+    def phase(self, name: str, epochs: int, steps: int) -> None:
+        """Do nothing."""
+
+    def step(self, record: Record) -> None:
+        """Do nothing."""
+
+    def epoch(self, record: Record) -> None:
+        """Do nothing."""
+
+    def done(self) -> None:
+        """Do nothing."""

@@ -1,0 +1,137 @@
+"""What a network is trained for: a loss, a metric, and how it learns from a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, cast, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bar_edge.errors import InputError
+from bar_edge.methods.distillation import soft_cross_entropy
+from bar_edge.models.user_code import load_attribute
+
+#: pixels with this label count nowhere (the convention of Pascal VOC and Cityscapes)
+UNLABELLED = 255
+
+
+class Task(Protocol):
+    """A loss and a metric; a task may also have `distill` (see `Distills`).
+
+    The metric of a split is `value` of the sum of `metric` over its batches, so that it is exact however
+    the split is cut into batches.
+    """
+
+    metric_name: str
+    higher_is_better: bool
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss of a batch, a scalar."""
+        ...
+
+    def metric(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the batch's counts, a tensor whose shape is the same for every batch."""
+        ...
+
+    def value(self, counts: Tensor) -> float:
+        """Return the metric, in [0, 1], from the counts summed over a split."""
+        ...
+
+
+@runtime_checkable
+class Distills(Protocol):
+    """A task whose students learn from a teacher's outputs."""
+
+    def distill(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """Return the distillation loss of a batch, a scalar."""
+        ...
+
+
+class Classification:
+    """Cross-entropy and top-1 accuracy; outputs `(N, C)` logits, targets `(N,)` class indices."""
+
+    metric_name = "accuracy"
+    higher_is_better = True
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy, the mean over the batch."""
+        return F.cross_entropy(outputs, targets)
+
+    def metric(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return (correct, all) `(2,)`."""
+        correct = (outputs.argmax(dim=1) == targets).sum()
+        return torch.stack([correct, torch.full_like(correct, targets.numel())])
+
+    def value(self, counts: Tensor) -> float:
+        """Return the share of correct predictions."""
+        correct, total = counts.tolist()
+        return float(correct / max(total, 1))
+
+    def distill(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """Return the soft cross-entropy, the mean over the batch."""
+        return soft_cross_entropy(student, teacher, temperature)
+
+
+class Segmentation:
+    """Per-pixel cross-entropy and mean IoU; outputs `(N, C, H, W)` logits, targets `(N, H, W)` class indices."""
+
+    metric_name = "mean IoU"
+    higher_is_better = True
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy, the mean over the labelled pixels."""
+        return F.cross_entropy(outputs, targets, ignore_index=UNLABELLED)
+
+    def metric(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the confusion matrix `(C, C)`, rows by target, columns by prediction."""
+        classes = outputs.shape[1]
+        labelled = targets != UNLABELLED
+        pairs = targets[labelled] * classes + outputs.argmax(dim=1)[labelled]
+        return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+    def value(self, counts: Tensor) -> float:
+        """Return the mean of intersection over union, over the classes that were seen or predicted."""
+        counts = counts.double()
+        union = counts.sum(dim=0) + counts.sum(dim=1) - counts.diagonal()
+        present = union > 0
+        return float((counts.diagonal()[present] / union[present]).mean()) if present.any() else 0.0
+
+    def distill(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """Return the soft cross-entropy, the mean over all pixels, unlabelled ones included."""
+        return soft_cross_entropy(student, teacher, temperature)
+
+
+TASKS: dict[str, Callable[[], Task]] = {"classification": Classification, "segmentation": Segmentation}
+
+
+def load_task(spec: str) -> Task:
+    """Return the task that a name or `package.module:Task` (a class without arguments, or an object) names.
+
+    Raises InputError for an unknown name, a module that cannot be imported, or an object that is no task.
+    """
+    if spec in TASKS:
+        return TASKS[spec]()
+    if ":" not in spec:
+        raise InputError(
+            f"a task: {', '.join(TASKS)} or package.module:Task",
+            got=repr(spec),
+            consequence="nothing was started",
+            remedy="correct the task's name",
+        )
+    found = load_attribute(spec)
+    try:
+        task = found() if isinstance(found, type) else found
+    except Exception as error:  # a user's constructor can raise anything
+        raise InputError(f"{spec} can be made without arguments", got=f"{type(error).__name__}: {error}") from error
+    missing = [
+        part for part in ("metric_name", "higher_is_better", "loss", "metric", "value") if not hasattr(task, part)
+    ]
+    if missing:
+        raise InputError(
+            f"a task with metric_name, higher_is_better, loss, metric and value at {spec}",
+            got=f"{type(task).__name__} without {', '.join(missing)}",
+            remedy="add what is missing: bar_edge.training.tasks.Task describes it",
+        )
+    return cast(Task, task)

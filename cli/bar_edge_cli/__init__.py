@@ -1,0 +1,1 @@
+"""The command line of bar-edge; importing it loads no torch."""

@@ -1,0 +1,324 @@
+"""The commands: each gathers its options, calls one function of the pipeline and returns what that returns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bar_edge_cli import options
+
+# Heavy imports stand inside the functions: `bar-edge --help` loads no torch.
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Prune a convolutional network to a budget, export it, measure it, and prove it.\n\n"
+    "Exit codes: 0 done and the verdict is yes; 1 done, the verdict is no; 2 bad input; "
+    "3 the environment lacks something; 130 interrupted.",
+)
+
+
+def _option(*names: str, text: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=text, metavar=metavar)
+
+
+_MODEL = _option(
+    "--model",
+    metavar="SPEC",
+    text="A name of the zoo (resnet20, wrn-28-12, resnet50, vgg16, mobilenetv2 and others), package.module:factory, "
+    "file.py:factory, hf:NAME, timm:NAME, or a folder that bar-edge wrote.",
+)
+_BUDGET = _option(
+    "--budget",
+    metavar="B",
+    text="16x or 6.25% (of the activation volume), 16x:flops, 25%:params, 194560act, 50MFLOPs, 1.2Mparams.",
+)
+
+Model = Annotated[str, _MODEL]
+ModelOrFile = Annotated[str | None, _MODEL]
+ModelArg = Annotated[
+    list[str] | None, _option("--model-arg", metavar="KEY=VALUE", text="An argument of the model's factory; repeat.")
+]
+Data = Annotated[
+    str | None,
+    _option(
+        "--data",
+        metavar="SPEC",
+        text="digits, a folder (Parquet, class folders, the CIFAR files), hf:NAME, or package.module:factory.",
+    ),
+]
+Input = Annotated[str | None, _option("--input", metavar="CxHxW", text="Shape of one input, such as 3x32x32.")]
+BudgetText = Annotated[str | None, _BUDGET]
+BudgetTexts = Annotated[list[str] | None, _BUDGET]
+Method = Annotated[str | None, _option("--method", metavar="NAME", text="bar or random.")]
+Weights = Annotated[
+    str | None, _option("--weights", metavar="FILE", text="Trained weights, safetensors or a checkpoint: skips dense.")
+]
+Teacher = Annotated[
+    str | None,
+    _option("--teacher", metavar="FILE", text="Weights to learn from; without it, those of the dense network."),
+]
+Epochs = Annotated[
+    str | None, _option("--epochs", metavar="dense=N,prune=N,tune=N", text="Epochs per phase; 0 trains nothing.")
+]
+Batch = Annotated[int | None, _option("--batch", metavar="N", text="Images per training step.")]
+Device = Annotated[str | None, _option("--device", metavar="NAME", text="Where to train: auto, cpu or cuda.")]
+Task = Annotated[
+    str | None, _option("--task", metavar="SPEC", text="classification, segmentation, or package.module:Task.")
+]
+Config = Annotated[Path | None, _option("--config", metavar="FILE.toml", text="Options from a file.")]
+Preset = Annotated[
+    str | None, _option("--preset", metavar="NAME", text="default, or paper for the published constants.")
+]
+Seed = Annotated[int | None, _option("--seed", metavar="N", text="Seed of everything that is drawn.")]
+MaxDrop = Annotated[
+    float | None, _option("--max-drop", metavar="POINTS", text="The verdict is no if the metric drops by more.")
+]
+Set = Annotated[
+    list[str] | None,
+    _option("--set", metavar="NAME=VALUE", text="Any other option, listed below with its default; repeat."),
+]
+Resume = Annotated[bool, _option("--resume", text="Go on with a run that was stopped.")]
+RunOut = Annotated[Path, _option("--out", metavar="RUN", text="The run's folder.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that prune wrote.")]
+Target = Annotated[str, _option("--target", metavar="NAME", text="Kind of file to write: onnx.")]
+Precision = Annotated[str, _option("--precision", metavar="NAME", text="Numbers in the file: fp32.")]
+Lowering = Annotated[
+    str, _option("--lowering", metavar="NAME", text="How additions run: auto, paper, slices, zero-filled or regular.")
+]
+WithPreprocessing = Annotated[
+    bool, _option("--with-preprocessing", text="Put the normalisation into the graph, which then takes uint8.")
+]
+Runtime = Annotated[str, _option("--runtime", metavar="NAME", text="What runs the file: onnxruntime.")]
+Threads = Annotated[int, _option("--threads", metavar="N", text="Threads of the runtime.")]
+Seconds = Annotated[float, _option("--seconds", metavar="S", text="How long to measure.")]
+Json = Annotated[bool, _option("--json", text="Write exactly one JSON object to stdout, all else to stderr.")]
+Debug = Annotated[bool, _option("--debug", text="Show the traceback of an error.")]
+
+_SETTABLE = "For --set and the TOML file (the command line wins over TOML, that over the preset): " + ", ".join(
+    options.settable()
+)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    model_arg: ModelArg = None,
+    data: Data = None,
+    input_shape: Input = None,
+    budget: BudgetText = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Show a network's layers, its costs, and what can be pruned in it."""
+    shape = options.shape(input_shape)
+
+    from bar_edge import pipeline
+
+    return pipeline.inspect_model(model, model_args=tuple(model_arg or ()), data=data, input_shape=shape, budget=budget)
+
+
+@app.command(epilog=_SETTABLE)
+def prune(
+    out: RunOut,
+    model: ModelOrFile = None,
+    model_arg: ModelArg = None,
+    data: Data = None,
+    budget: BudgetText = None,
+    method: Method = None,
+    weights: Weights = None,
+    teacher: Teacher = None,
+    epochs: Epochs = None,
+    batch: Batch = None,
+    device: Device = None,
+    task: Task = None,
+    config: Config = None,
+    preset: Preset = None,
+    seed: Seed = None,
+    max_drop: MaxDrop = None,
+    assignments: Set = None,
+    resume: Resume = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Train, prune to a budget and fine-tune; writes the run's folder."""
+    resolved = options.resolve(config, options.given(locals()), assignments or ())
+
+    from bar_edge import pipeline
+    from bar_edge_cli.progress import Terminal
+
+    with Terminal() as progress:
+        return pipeline.prune(resolved, out, resume=resume, progress=progress)
+
+
+@app.command("slice")
+def slice_(
+    model: Model,
+    plan: Annotated[Path, _option("--plan", metavar="plan.json", text="Which channels stay.")],
+    out: Annotated[Path, _option("--out", metavar="DIR", text="Folder for the sliced network.")],
+    weights: Annotated[Path | None, _option("--weights", metavar="FILE", text="Weights of the whole network.")] = None,
+    model_arg: ModelArg = None,
+    data: Data = None,
+    input_shape: Input = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Cut a network by a plan, without training."""
+    shape = options.shape(input_shape)
+
+    from bar_edge import pipeline
+
+    return pipeline.slice_model(
+        model,
+        model_args=tuple(model_arg or ()),
+        input_shape=shape,
+        data=data,
+        plan=plan,
+        weights=weights,
+        out=out,
+    )
+
+
+@app.command()
+def export(
+    run: Run,
+    target: Target = "onnx",
+    precision: Precision = "fp32",
+    lowering: Lowering = "auto",
+    with_preprocessing: WithPreprocessing = False,
+    data: Data = None,
+    out: Annotated[
+        Path | None, _option("--out", metavar="DIR", text="Default: RUN/artifacts/TARGET-PRECISION.")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Write a run's network as a file for a runtime, and check that it computes the same."""
+    from bar_edge import pipeline
+
+    return pipeline.export_run(
+        run,
+        target=target,
+        precision=precision,
+        lowering=lowering,
+        with_preprocessing=with_preprocessing,
+        data=data,
+        out=out,
+    )
+
+
+@app.command()
+def bench(
+    target: Annotated[Path, typer.Argument(metavar="ARTIFACT|FILE.onnx", help="What export wrote, or an ONNX file.")],
+    runtime: Runtime = "onnxruntime",
+    threads: Threads = 1,
+    batch: Annotated[int, _option("--batch", metavar="N", text="Inputs per inference.")] = 1,
+    seconds: Seconds = 10.0,
+    budget: Annotated[str | None, _option("--budget", metavar="MS", text="Judge the median by this, e.g. 8ms.")] = None,
+    against: Annotated[
+        Path | None, _option("--against", metavar="OTHER", text="Measure this in turn with it, and give the ratio.")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Measure latency on this machine, in a process of its own."""
+    from bar_edge import pipeline
+
+    return pipeline.bench(
+        target, runtime=runtime, threads=threads, batch=batch, seconds=seconds, budget=budget, against=against
+    )
+
+
+@app.command()
+def verify(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder that export wrote.")],
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Check an artifact's hashes, and its answers on the samples that it carries."""
+    from bar_edge import pipeline
+
+    return pipeline.verify(artifact)
+
+
+@app.command(epilog=_SETTABLE)
+def deploy(
+    out: RunOut,
+    config_file: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The same as --config.")] = None,
+    model: ModelOrFile = None,
+    model_arg: ModelArg = None,
+    data: Data = None,
+    budgets: BudgetTexts = None,
+    method: Method = None,
+    weights: Weights = None,
+    teacher: Teacher = None,
+    epochs: Epochs = None,
+    batch: Batch = None,
+    device: Device = None,
+    task: Task = None,
+    config: Config = None,
+    preset: Preset = None,
+    seed: Seed = None,
+    max_drop: MaxDrop = None,
+    assignments: Set = None,
+    resume: Resume = False,
+    target: Target = "onnx",
+    precision: Precision = "fp32",
+    lowering: Lowering = "auto",
+    with_preprocessing: WithPreprocessing = False,
+    runtime: Runtime = "onnxruntime",
+    threads: Threads = 1,
+    seconds: Seconds = 10.0,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Prune, export and bench; a second --budget in ms, such as 8ms, judges the measured median."""
+    budget, latency_budget = options.split_budgets(budgets or ())
+    resolved = options.resolve(config_file or config, options.given(locals()), assignments or ())
+
+    from bar_edge import pipeline
+    from bar_edge_cli.progress import Terminal
+
+    with Terminal() as progress:
+        return pipeline.deploy(
+            resolved,
+            out,
+            resume=resume,
+            progress=progress,
+            target=target,
+            precision=precision,
+            lowering=lowering,
+            with_preprocessing=with_preprocessing,
+            runtime=runtime,
+            threads=threads,
+            seconds=seconds,
+            latency_budget=latency_budget,
+        )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that prune wrote.")],
+    out: Annotated[
+        Path | None, _option("--out", metavar="FILE.html", text="For several runs: comparison.html.")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Write a run's page of proof, or one page that compares several runs."""
+    from bar_edge.report import write_comparison, write_report
+
+    if len(runs) == 1:
+        return {"report": str(write_report(runs[0], out))}
+    return {"report": str(write_comparison(runs, out or Path("comparison.html")))}
+
+
+@app.command()
+def doctor(json: Json = False, debug: Debug = False) -> dict[str, Any]:
+    """Show what this machine has of what bar-edge can use."""
+    from bar_edge import pipeline
+
+    return pipeline.doctor()

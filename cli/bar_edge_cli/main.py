@@ -1,0 +1,97 @@
+"""Entry of the console script: runs a command, prints what it returns, turns errors into lines and exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
+
+import typer
+
+from bar_edge.errors import BarEdgeError
+from bar_edge_cli.commands import app
+
+INTERRUPTED = 130
+#: errors of the file system that a user can mend; any other OSError is a bug of ours
+_USERS_OSERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
+
+
+def run() -> None:
+    """Run the command of `sys.argv` and leave the process with its exit code."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command and return its exit code: 0 yes, 1 no (the verdict), 2 input, 3 environment, 130 interrupted."""
+    # read here and not from the parser, so that they also hold for what goes wrong while parsing
+    as_json, debug = "--json" in argv, "--debug" in argv
+    with _own_stdout(as_json) as out:
+        try:
+            answer = typer.main.get_command(app)(list(argv), prog_name="bar-edge", standalone_mode=False)
+            if not isinstance(answer, dict):  # an exit code: 0 after --help, 130 where typer caught the interrupt
+                return int(answer or 0)
+            if as_json:
+                _write(answer, out)
+            else:
+                from bar_edge_cli.show import show  # rich's tables take a moment to load: not for --help
+
+                show(answer)
+            return 0 if answer.get("verdict") in (True, None) else 1
+        except BrokenPipeError:  # the reader went away, as in `bar-edge inspect ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 0
+        except (KeyboardInterrupt, typer.Abort):
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            code, lines = _explain(error)
+            for part, text in lines.items():
+                print(f"{part}: {text}", file=sys.stderr)
+            if as_json:
+                _write({"error": lines, "exit_code": code}, out)
+            return code
+
+
+def _explain(error: Exception) -> tuple[int, dict[str, str]]:
+    if isinstance(error, BarEdgeError):
+        parts = ("required", "got", "consequence", "remedy")
+        return error.exit_code, {part: str(getattr(error, part)) for part in parts if getattr(error, part)}
+    if hasattr(error, "format_message"):  # click's usage errors; typer carries a click of its own
+        return 2, {"required": "options as `bar-edge COMMAND --help` lists them", "got": error.format_message()}
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "bar_edge").startswith("bar_edge"):
+        return 3, {"required": f"the Python package {error.name}", "got": str(error), "remedy": "install it with pip"}
+    if isinstance(error, OSError) and error.errno in _USERS_OSERRORS:
+        return 2, {"required": "files and folders that can be read and written", "got": str(error)}
+    if isinstance(error, MemoryError):
+        return 3, {"required": "enough memory", "got": str(error) or "MemoryError", "remedy": "use a smaller --batch"}
+    bug = f"{type(error).__name__}: {error}"
+    return 2, {"bug in bar-edge": bug, "remedy": "run again with --debug and report what it prints"}
+
+
+def _write(answer: dict[str, Any], out: TextIO) -> None:
+    out.write(json.dumps(answer, default=str) + "\n")
+    out.flush()
+
+
+@contextlib.contextmanager
+def _own_stdout(wanted: bool) -> Iterator[TextIO]:
+    """Keep stdout for one JSON object: whatever libraries print, C code included, goes to stderr meanwhile."""
+    if not wanted:
+        yield sys.stdout
+        return
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
+        os.dup2(2, 1)
+        try:
+            yield out
+        finally:
+            sys.stdout.flush()
+            out.flush()
+            os.dup2(out.fileno(), 1)

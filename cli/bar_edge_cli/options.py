@@ -1,0 +1,136 @@
+"""From the command line to a RunConfig: command line over TOML over preset over defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bar_edge.config import PHASES, RunConfig, read_toml, run_config
+from bar_edge.errors import InputError
+from bar_edge.records import Budget
+
+#: what a preset changes in the defaults. paper: Lemaire et al. 2019, section 5.1 and supplement 3, for CIFAR;
+#: its gates, barrier and distillation constants that are the defaults already are not repeated
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "train": {
+            "dense": 90,
+            "prune": 80,
+            "tune": 50,
+            "batch": 64,
+            "optimizer": "adamw",
+            "lr_dense": 1e-3,
+            "lr_prune": 1e-3,
+            "lr_tune": 1e-3,
+            "weight_decay": 5e-4,
+            "schedule": "constant",
+        },
+        "bar": {"slack": 0.01, "barrier_cap": 1e10},
+    },
+}
+
+
+def resolve(config_file: Path | None, given: Mapping[str, Any], assignments: Iterable[str] = ()) -> RunConfig:
+    """Build the run's configuration.
+
+    given: nested values of the first-class options, None where the user said nothing; assignments:
+    `--set` texts, which win over them. Raises InputError for an unknown name, a wrong type or a missing model.
+    """
+    typed = _said(given)
+    for text in assignments:
+        typed = _overlay(typed, assignment(text))
+    from_file = read_toml(config_file) if config_file else {}
+    preset = typed.get("preset", from_file.get("preset", "default"))
+    values = _overlay(_overlay(PRESETS.get(str(preset), {}), from_file), typed)
+    if "model" not in values:
+        raise InputError("a model: --model SPEC, or `model` in the TOML file", got="none", remedy="name one")
+    return run_config(values)
+
+
+def given(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick the run's options out of a command's parameters, nested as in TOML; None where the user said nothing."""
+    run = {f.name for f in dataclasses.fields(RunConfig)} & parameters.keys()
+    train = epochs(parameters["epochs"]) | {name: parameters[name] for name in ("batch", "device")}
+    return {name: parameters[name] for name in run} | {"train": train}
+
+
+def split_budgets(texts: Iterable[str]) -> tuple[str | None, str | None]:
+    """Tell the budget to train for from the one in ms to judge by; raises InputError for two of a kind."""
+    found: dict[bool, str] = {}
+    for text in texts:
+        in_ms = Budget.parse(text).metric == "ms"
+        if in_ms in found:
+            raise InputError(
+                "at most one --budget to train for and one in ms to judge by", got=f"{found[in_ms]} and {text}"
+            )
+        found[in_ms] = text
+    return found.get(False), found.get(True)
+
+
+def epochs(text: str | None) -> dict[str, int]:
+    """Read `dense=90,prune=80,tune=50` (any of them) into epochs per phase."""
+    found = {}
+    for part in text.split(",") if text else ():
+        name, _, number = part.strip().partition("=")
+        if name not in PHASES or not re.fullmatch(r"\d+", number):
+            raise InputError(
+                "--epochs dense=90,prune=80,tune=50, any of the three, whole numbers",
+                got=repr(part),
+                remedy="correct the option; 0 trains nothing in that phase",
+            )
+        found[name] = int(number)
+    return found
+
+
+def shape(text: str | None) -> tuple[int, ...] | None:
+    """Read an input shape such as `3x32x32`, without the batch."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
+        raise InputError("--input CxHxW, such as 3x32x32 (without the batch)", got=repr(text))
+    return tuple(int(size) for size in text.split("x"))
+
+
+def assignment(text: str) -> dict[str, Any]:
+    """Read `train.lr_prune=0.01`: a dotted name and a TOML value, or bare text."""
+    name, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", name.strip()):
+        raise InputError("--set NAME=VALUE, such as train.lr_prune=0.01", got=repr(text))
+    try:
+        parsed: Any = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    for part in reversed(name.strip().split(".")):
+        parsed = {part: parsed}
+    return dict(parsed)
+
+
+def settable() -> list[str]:
+    """List every field of the configuration's tables with its default, as `--set` takes it."""
+    defaults = RunConfig(model="")
+    tables = ((f.name, getattr(defaults, f.name)) for f in dataclasses.fields(defaults))
+    return [
+        f"{table}.{field.name}={getattr(value, field.name)}"
+        for table, value in tables
+        if dataclasses.is_dataclass(value)
+        for field in dataclasses.fields(value)
+    ]
+
+
+def _said(values: Mapping[str, Any]) -> dict[str, Any]:
+    nested = {k: _said(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    return {k: v for k, v in nested.items() if v is not None and v != {} and v != []}
+
+
+def _overlay(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for name, value in over.items():
+        below = merged.get(name)
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[name] = _overlay(below, value) if both else value  # type: ignore[arg-type]
+    return merged

@@ -1,0 +1,75 @@
+"""Progress of a training run on stderr: a live bar on a terminal, one line per epoch everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+#: key of a record -> how it is written
+_FIGURES = {
+    "loss": "loss {:.3f}",
+    "metric": "metric {:.2%}",
+    "volume": "V {:,.0f}",
+    "budget": "b {:,.0f}",
+    "open": "{} gates open",
+}
+
+
+class Terminal:
+    """Shows phase, epoch, loss, metric, V against b and the time left; the training's `Progress`."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._live = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[now]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._epochs = 0
+
+    def __enter__(self) -> Terminal:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def phase(self, name: str, epochs: int, steps: int) -> None:
+        """Begin, or go on with, a phase of `epochs` epochs and `steps` steps in all."""
+        self._epochs = epochs
+        self._task = self._live.add_task(name, total=steps, now="")
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Show the figures of the steps just done (the keys of metrics.jsonl)."""
+        if self._task is not None and not self._live.disable:
+            now = "  ".join(figures(record))
+            self._live.update(self._task, completed=record["step"], now=now, description=self._where(record))
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        """Print one finished epoch's figures."""
+        line = "  ".join([f"{self._where(record):<12}", *figures(record)])
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def done(self) -> None:
+        """Remove the phase's bar; its epochs' lines stay."""
+        if self._task is not None:
+            self._live.remove_task(self._task)
+            self._task = None
+
+    def _where(self, record: Mapping[str, Any]) -> str:
+        return f"{record['phase']} {record['epoch']}/{self._epochs}"
+
+
+def figures(record: Mapping[str, Any]) -> list[str]:
+    """Write the figures of a record, only those that are there."""
+    return [text.format(record[key]) for key, text in _FIGURES.items() if record.get(key) is not None]

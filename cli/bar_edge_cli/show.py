@@ -1,0 +1,117 @@
+"""What a command returned, as tables for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_UNITS = {"volume": "activations", "flops": "FLOPs", "params": "parameters", "ms": "ms"}
+_COSTS = {"volume": "activation volume", "flops": "FLOPs", "params": "parameters"}
+
+
+def show(answer: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print a command's answer on stdout: a run's result as dense against sliced, anything else as it is."""
+    console = console or Console(highlight=False)
+    # deploy's answer holds a run's result as one part of several
+    for name, part in ({"": answer} if "sliced" in answer else answer).items():
+        if isinstance(part, Mapping) and "sliced" in part:
+            _show_result(part, console)
+        else:
+            _show_part(name, part, console)
+    verdict = answer.get("verdict")
+    if verdict is not None:
+        console.print("[green]verdict: yes[/]" if verdict else "[red]verdict: no[/]")
+
+
+def _show_result(result: Mapping[str, Any], console: Console) -> None:
+    dense, sliced, metric = result["dense"], result["sliced"], result["metric"]
+    table = Table(title=f"{result['model']} on {result['data']}, {result['method']}, seed {result['seed']}")
+    table.add_column("")
+    for heading in ("dense", "sliced", "factor"):
+        table.add_column(heading, justify="right")
+    for key, label in _COSTS.items():
+        table.add_row(label, number(dense[key]), number(sliced[key]), _factor(dense[key], sliced[key]))
+    for key in ("volume_regular", "flops_regular"):
+        if sliced.get(key) is not None:
+            cost = key.removesuffix("_regular")
+            label = f"{_COSTS[cost]}, regular"
+            table.add_row(label, number(dense[cost]), number(sliced[key]), _factor(dense[cost], sliced[key]))
+    points = [None if side["metric"] is None else 100 * side["metric"] for side in (dense, sliced)]
+    drop = "" if None in points else f"{points[1] - points[0]:+.2f} points"  # type: ignore[operator]
+    table.add_row(metric["name"], *("-" if p is None else f"{p:.2f} %" for p in points), drop)
+    console.print(table)
+    console.print(budget_line(result["budget"], dense))
+    parity = {k: v for k, v in (result.get("parity") or {}).items() if v is not None}
+    if parity:
+        console.print("parity: " + ", ".join(f"{k.replace('_', ' ')} {v:.1e}" for k, v in parity.items()))
+
+
+def budget_line(budget: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
+    """Say a budget as text, limit, achieved and factor, and whether it is met.
+
+    budget: of result.json; dense: the dense network's costs, for the factors.
+    """
+    key = str(budget["unit"])
+    cost = next((k for k in _COSTS if key in (k, _UNITS[k])), "")
+    unit = _UNITS.get(key, key)
+    line = f"budget {budget['text']} = at most {number(budget['limit'])} {unit}"
+    if budget.get("achieved") is not None:
+        line += f", achieved {number(budget['achieved'])}"
+        if cost:
+            line += f" ({_factor(dense[cost], budget['achieved'])})"
+    if budget.get("within") is not None:
+        line += ": met" if budget["within"] else ": missed"
+    return line
+
+
+def number(value: object) -> str:
+    """Write a number for a person; a dash for what has not been computed."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int) or (value.is_integer() and abs(value) < 1e15):
+        return f"{int(value):,}"
+    return f"{value:,.2f}" if abs(value) >= 100 else f"{value:.4g}"
+
+
+def _factor(before: float | None, after: float | None) -> str:
+    return f"{before / after:.2f}x" if before and after else "-"
+
+
+def _show_part(name: str, part: object, console: Console) -> None:
+    if name == "verdict" or part is None:
+        return
+    if isinstance(part, Mapping):
+        if name:
+            console.print(f"[bold]{_words(name)}[/]")
+        for key, value in part.items():
+            _show_part(f"  {key}" if name else key, value, console)
+    elif isinstance(part, Sequence) and part and all(isinstance(row, Mapping) for row in part):
+        console.print(_table(name, part))
+    else:
+        console.print(f"{_words(name)}: {_plain(part)}", markup=False, soft_wrap=True)
+
+
+def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    headings = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=_words(name))
+    for key in headings:
+        numeric = all(isinstance(row.get(key), (int, float, type(None))) for row in rows)
+        table.add_column(_words(key), justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(_plain(row.get(key)) for key in headings))
+    return table
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(_plain(v) for v in value)
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else number(value)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
