@@ -25,8 +25,8 @@ class TrainConfig:
     tune: int = 12
     #: images per step
     batch: int = 128
-    #: optimiser of the weights (the gates have their own): sgd (Nesterov .9) or adamw
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    #: optimiser of the weights (the gates have their own): sgd (Nesterov .9), adamw, or adam (decay in the gradient)
+    optimizer: Literal["sgd", "adamw", "adam"] = "sgd"
     #: peak learning rates per phase
     lr_dense: float = 0.1
     lr_prune: float = 0.02
@@ -58,10 +58,12 @@ class DistillConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BarConfig:
-    """Constants of Budget-Aware Regularization; the defaults are ours, `PAPER` holds the printed ones."""
+    """Constants of Budget-Aware Regularization; the defaults are ours, the preset `paper` holds the printed ones."""
 
-    #: lambda * full cost: weight of the sparsity loss, in units of the data loss
+    #: lambda * full cost: weight of the sparsity loss, in units of the data loss (31.13 is 1e-5 on WRN-28-12)
     lambda_norm: float = 31.13
+    #: lambda per unit of cost, as printed (1e-5 for activations); replaces lambda_norm
+    lambda_raw: float | None = None
     #: transition of the budget b(t): sigmoid, linear or exponential
     transition: Literal["sigmoid", "linear", "exponential"] = "sigmoid"
     #: steepness d of the sigmoid or exponential transition
@@ -72,8 +74,22 @@ class BarConfig:
     margin: float = 1e-4
     #: the barrier f is cut off here
     barrier_cap: float = 20.0
+    #: how gates move: balanced (ours) or adam (the paper's)
+    gate_optimizer: Literal["balanced", "adam"] = "balanced"
+    #: balanced: how far a gate goes over the whole schedule at one root mean square per step
+    gate_travel: float = 12.0
+    #: balanced: weight of the cost's direction per unit of the barrier f
+    gate_push: float = 0.25
+    #: balanced: no gate takes a step above this many root mean squares
+    gate_clip: float = 3.0
+    #: adam: learning rate
+    gate_lr: float = 1e-3
+    #: log alpha stays within plus and minus this
+    gate_limit: float = 4.6
+    #: where log alpha starts: ranked (0.5 to 3 by the rank of the BatchNorm weights) or uniform (U(0, .01), paper)
+    gate_start: Literal["ranked", "uniform"] = "ranked"
     #: the best gate of a protected layer is kept at this log alpha or above
-    protect_floor: float = 0.0
+    protect_floor: float = 3.0
     #: which deterministic gate counts as open: louizos or median
     gate_decision: Literal["louizos", "median"] = "louizos"
     #: fold multiplies the kept gate values into the weights, one drops them
@@ -143,7 +159,9 @@ def _build(kind: type, values: Mapping[str, Any], where: str) -> object:
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise InputError(
-            f"options of {where or 'the run'}: {', '.join(sorted(hints))}", got=", ".join(unknown), remedy="correct the name"
+            f"options of {where or 'the run'}: {', '.join(sorted(hints))}",
+            got=", ".join(unknown),
+            remedy="correct the name",
         )
     return kind(**{name: _value(hints[name], value, f"{where}{name}") for name, value in values.items()})
 
@@ -170,4 +188,6 @@ def _value(hint: Any, value: Any, name: str) -> Any:
 
 
 def _wrong(name: str, required: str, value: object) -> InputError:
-    return InputError(f"{name}: {required}", got=repr(value), consequence="nothing was started", remedy="correct the option")
+    return InputError(
+        f"{name}: {required}", got=repr(value), consequence="nothing was started", remedy="correct the option"
+    )

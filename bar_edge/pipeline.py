@@ -1,40 +1,46 @@
-"""The road on one screen: model, data and budget in; a smaller network, its file and its proof out."""
+"""The road on one screen, one function per command: each reads a folder or a SPEC and returns JSON data."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import hashlib
-import importlib.metadata
-import itertools
-import json
-import os
+import importlib.util
 import platform
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from bar_edge_calibration import reestimate_batchnorm
-from torch import Tensor, nn
 
-from bar_edge.config import BarConfig, RunConfig, TrainConfig, to_toml
-from bar_edge.data import DataSource, Split, load_data
-from bar_edge.errors import InputError
-from bar_edge.export.widen import regular_form
-from bar_edge.methods import BAR, GateLayout, budget_limit, random_plan, smallest_cost
-from bar_edge.methods.distillation import soft_cross_entropy
-from bar_edge.models import build, load_weights
-from bar_edge.network import Network, count, is_network_folder, layers, trace
-from bar_edge.records import Budget, ChannelPlan, Counts, read_json, write_json
-from bar_edge.surgery import masked_outputs, relative_difference, slice_network
-from bar_edge.training import Distills, Journal, NoProgress, Phase, Progress, Task, evaluate, load_task, train
+from bar_edge.bench import bench_onnx, compare, meets, save_measurement, summary
+from bar_edge.config import RunConfig, read_toml, run_config
+from bar_edge.data import load_data
+from bar_edge.errors import EnvironmentLacks, InputError
+from bar_edge.export.artifact import ArtifactSpec, write_artifact
+from bar_edge.export.lowering import LOWERINGS, lower
+from bar_edge.export.onnx import Preprocessing, parity_onnx
+from bar_edge.export.verify import verify_artifact
+from bar_edge.methods import GateLayout, budget_limit, smallest_cost
+from bar_edge.models import load_weights
+from bar_edge.network import Network, count, is_network_folder, layers
+from bar_edge.records import Budget, ChannelPlan, read_json, write_json
+from bar_edge.report import write_report
+from bar_edge.run import (
+    PARITY_IMAGES,
+    PARITY_LIMIT,
+    Run,
+    build_module,
+    masked_parity,
+    read_network,
+    sample_images,
+    trace_module,
+    versions,
+)
+from bar_edge.surgery import slice_network
+from bar_edge.training import NoProgress, Progress
 
-PARITY_IMAGES = 64
-#: masked against sliced in float64; against ONNX Runtime in float32
-PARITY_LIMITS = {"masked_vs_sliced": 1e-9, "sliced_vs_onnx": 1e-4}
-
-
-# ------------------------------------------------------------------------------------------- prune
+#: what `--lowering auto` means where nothing was measured
+DEFAULT_LOWERING = {"onnx": "slices"}
+SAMPLES = 8
 
 
 def prune(config: RunConfig, out: Path, *, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
@@ -42,306 +48,17 @@ def prune(config: RunConfig, out: Path, *, resume: bool = False, progress: Progr
 
     Raises InputError before any training if the model, data, weights, budget or folder will not do.
     """
-    run = _Run(config, out, resume, progress or NoProgress())
+    run = Run(config, out, resume, progress or NoProgress())
     if run.finished():
-        return read_json(out / "result.json")  # type: ignore[no-any-return]
+        result: dict[str, Any] = read_json(out / "result.json")
+        return result
     dense = run.dense()
     teacher = run.teacher(dense)
     sliced, plan, forced = run.pruned(dense, teacher)
     run.tune(sliced, teacher)
-    return run.result(dense, sliced, plan, forced)
-
-
-class _Run:
-    """One RUN folder on its way; every stage is skipped if an interrupted run had finished it."""
-
-    def __init__(self, config: RunConfig, out: Path, resume: bool, progress: Progress) -> None:
-        self.config, self.out, self.progress = config, out, progress
-        self.task: Task = load_task(config.task)
-        self.data: DataSource = load_data(config.data, seed=config.seed, workers=config.train.workers)
-        torch.manual_seed(config.seed)
-        if config.train.threads:
-            torch.set_num_threads(config.train.threads)
-        self.network = read_network(config.model, config.model_arg, self.data.input_shape, len(self.data.classes))
-        if config.weights:
-            self.network = _with_weights(config.model, config.model_arg, self.data, Path(config.weights))
-        self.layout = GateLayout(self.network)
-        self.budget = Budget.parse(config.budget)
-        self.limit = budget_limit(self.layout, self.budget)
-        _prepare_folder(out, to_toml(config), resume)
-        self.journal = Journal(out, resume=resume)
-
-    def finished(self) -> bool:
-        """Tell whether the folder holds a result of this configuration."""
-        return (self.out / "result.json").is_file()
-
-    def dense(self) -> Network:
-        """Return the trained dense network, RUN/dense; given weights are not trained again."""
-        folder = self.out / "dense"
-        if is_network_folder(folder):
-            return Network.load(folder)
-        network = copy.deepcopy(self.network)
-        if not self.config.weights:
-            self._train(network, "dense")
-        network.save(folder)
-        return network
-
-    def teacher(self, dense: Network) -> nn.Module:
-        """Return whom the student learns from: --teacher, or the dense network."""
-        if not self.config.teacher:
-            return copy.deepcopy(dense).eval()
-        return _with_weights(self.config.model, self.config.model_arg, self.data, Path(self.config.teacher)).eval()
-
-    def pruned(self, dense: Network, teacher: nn.Module) -> tuple[Network, ChannelPlan, int]:
-        """Return the sliced network before fine-tuning, its plan and how many gates the projection closed."""
-        folder, plan_file = self.out / "checkpoints" / "sliced", self.out / "plan.json"
-        if plan_file.is_file():
-            state = read_json(folder / "state.json")
-            self.parity = float(state["parity"])
-            self.end = state["end"]
-            return Network.load(folder), ChannelPlan.from_json(read_json(plan_file)), int(state["forced"])
-        if self.config.method == "bar":
-            folded, plan, forced = self._bar(dense, teacher)
-        else:
-            plan = random_plan(GateLayout(dense), self.budget.metric, self.limit, self.config.seed)
-            folded, forced, self.end = dense, 0, {}
-        sliced = slice_network(folded, plan)
-        self.parity = _parity(folded, plan, sliced, self._images())
-        if self.config.method == "random":
-            self._train(sliced, "prune", teacher=teacher)
-        sliced.save(folder)
-        write_json(folder / "state.json", {"parity": self.parity, "forced": forced, "end": self.end})
-        write_json(plan_file, plan.to_json())
-        return sliced, plan, forced
-
-    def _bar(self, dense: Network, teacher: nn.Module) -> tuple[Network, ChannelPlan, int]:
-        c = self.config
-        steps = self.data.fit.n_batches(c.train.batch, True) * c.train.prune
-        pruner = BAR(
-            dense,
-            budget=c.budget,
-            steps=steps,
-            teacher=teacher if isinstance(self.task, Distills) else None,
-            config=c.bar,
-            distill=c.distill,
-            soft_loss=self.task.distill if isinstance(self.task, Distills) else soft_cross_entropy,
-            seed=c.seed,
-        )
-        self._train(pruner.network, "prune", pruner=pruner)
-        folded, plan, end = pruner.finish()
-        self.end = end
-        return folded, plan, int(end["forced"])
-
-    def tune(self, sliced: Network, teacher: nn.Module) -> None:
-        """Fine-tune in place; without epochs, re-estimate BatchNorm and keep that if held-out images prefer it."""
-        self.reestimated = False
-        if self.config.train.tune:
-            self._train(sliced, "tune", teacher=teacher)
-            return
-        before = copy.deepcopy(sliced.state_dict())
-        kept = self.evaluate(sliced, "held_out")
-        batches = self.data.fit.batches(
-            self.config.train.batch, train=False, seed=0, epoch=0, device=_device(sliced), augment="none"
-        )
-        reestimate_batchnorm(sliced, (images for images, _ in itertools.islice(batches, 50)))
-        better = self.evaluate(sliced, "held_out") - kept
-        self.reestimated = better > 0 if self.task.higher_is_better else better < 0
-        if not self.reestimated:
-            sliced.load_state_dict(before)
-
-    def result(self, dense: Network, sliced: Network, plan: ChannelPlan, forced: int) -> dict[str, Any]:
-        """Read the test split once, write network/ and result.json, and return the result."""
-        sliced.save(self.out / "network")
-        full, counts, regular = count(dense), count(sliced), regular_counts(sliced)
-        achieved = counts.of(self.budget.metric)
-        metric = {"dense": self.evaluate(dense, "test"), "sliced": self.evaluate(sliced, "test")}
-        drop = (metric["dense"] - metric["sliced"]) * (1 if self.task.higher_is_better else -1)
-        within = achieved <= self.limit
-        kept_enough = self.config.max_drop is None or drop * 100 <= self.config.max_drop
-        exact = self.parity <= PARITY_LIMITS["masked_vs_sliced"]
-        after = {layer.name: layer for layer in layers(dense, plan)}
-        result = {
-            "schema": 1,
-            "verdict": within and kept_enough and exact,
-            "method": self.config.method,
-            "model": self.config.model,
-            "data": self.data.name,
-            "seed": self.config.seed,
-            "metric": {"name": self.task.metric_name, "higher_is_better": self.task.higher_is_better},
-            "budget": {
-                "text": self.config.budget,
-                "unit": self.budget.metric,
-                "limit": self.limit,
-                "achieved": achieved,
-                "within": within,
-                "basis": "counted",
-            },
-            "dense": {**dataclasses.asdict(full), "metric": metric["dense"]},
-            "sliced": {
-                **dataclasses.asdict(counts),
-                "metric": metric["sliced"],
-                "volume_regular": regular.volume,
-                "flops_regular": regular.flops,
-            },
-            "parity": {"masked_vs_sliced": self.parity, "sliced_vs_onnx": None},
-            "latency": [],
-            "layers": [
-                {
-                    "name": layer.name,
-                    "kind": layer.kind,
-                    "width": layer.out_channels,
-                    "kept": after[layer.name].out_channels,
-                    "area": layer.area,
-                }
-                for layer in layers(dense)
-                if layer.area
-            ],
-            "end_of_pruning": {**self.end, "forced": forced},
-            "batchnorm_reestimated": self.reestimated,
-            "max_drop": self.config.max_drop,
-            "input": {
-                "shape": list(self.data.input_shape),
-                "mean": list(self.data.mean),
-                "std": list(self.data.std),
-                "classes": list(self.data.classes),
-            },
-            "versions": versions(),
-        }
-        write_json(self.out / "result.json", result)
-        return result
-
-    def evaluate(self, network: nn.Module, split: str) -> float:
-        """Return the task's metric of a network on a split."""
-        train = self.config.train
-        part: Split = getattr(self.data, split)
-        return evaluate(network, part, self.task, batch=train.batch, device=train.device, precision=train.precision)
-
-    def _train(
-        self, network: nn.Module, phase: Phase, *, teacher: nn.Module | None = None, pruner: BAR | None = None
-    ) -> None:
-        train(
-            network,
-            self.data,
-            self.task,
-            self.config.train,
-            phase,
-            seed=self.config.seed,
-            teacher=teacher,
-            distill=self.config.distill,
-            pruner=pruner,
-            journal=self.journal,
-            progress=self.progress,
-        )
-
-    def _images(self) -> Tensor:
-        return sample_images(self.data)
-
-
-def _prepare_folder(out: Path, toml: str, resume: bool) -> None:
-    """Make the RUN folder; refuses to overwrite another run, and to resume one with other options."""
-    file = out / "config.toml"
-    if file.is_file():
-        if not resume:
-            raise InputError(
-                "a folder without a run in it",
-                got=f"{out.name}, which holds one",
-                consequence="nothing was started, the earlier run is intact",
-                remedy="choose another --out, or go on with --resume",
-            )
-        if file.read_text(encoding="utf-8") != toml:
-            raise InputError(
-                "the options of the run that was stopped",
-                got=f"options that differ from {out.name}/config.toml",
-                consequence="nothing was started, the earlier run is intact",
-                remedy=f"give the same options, or --config {out.name}/config.toml",
-            )
-        return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        temporary = out / ".config.toml.tmp"
-        temporary.write_text(toml, encoding="utf-8")
-        temporary.replace(file)
-    except OSError as error:
-        raise InputError("a folder that can be written", got=f"{out.name}: {error.strerror}", remedy="choose another --out") from error
-
-
-def regular_counts(sliced: Network) -> Counts:
-    """Return what the same channels cost in regular residual blocks: tensors that are added share the union."""
-    return count(regular_form(sliced))
-
-
-def _parity(folded: Network, plan: ChannelPlan, sliced: Network, images: Tensor) -> float:
-    """Return the difference between the masked and the sliced network on real images, in float64."""
-    double = images.double().cpu()
-    masked = masked_outputs(copy.deepcopy(folded).cpu().double(), plan, double)
-    with torch.no_grad():
-        return relative_difference(masked, copy.deepcopy(sliced).cpu().double().eval()(double))
-
-
-def sample_images(data: DataSource, number: int = PARITY_IMAGES) -> Tensor:
-    """Return the first held-out images, normalised, (number, C, H, W)."""
-    images, _ = next(iter(data.held_out.batches(number, train=False, seed=0, epoch=0, device="cpu", augment="none")))
-    return images
-
-
-# ------------------------------------------------------------------------------------------ models
-
-
-def read_network(
-    model: str, model_args: tuple[str, ...] = (), input_shape: tuple[int, ...] = (3, 32, 32), classes: int = 10
-) -> Network:
-    """Return the network that a model SPEC names: a folder that bar-edge wrote, or something to trace."""
-    folder = Path(model)
-    for candidate in (folder, folder / "network"):
-        if is_network_folder(candidate):
-            network = Network.load(candidate)
-            if network.input_shapes != (tuple(input_shape),):
-                raise InputError(
-                    f"inputs of shape {'x'.join(map(str, network.input_shapes[0]))}, for which {folder.name} was traced",
-                    got="x".join(map(str, input_shape)),
-                    remedy="use data of that shape",
-                )
-            return network
-    return trace_module(build_module(model, model_args, input_shape, classes), input_shape)
-
-
-def build_module(model: str, model_args: tuple[str, ...], input_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """Return the user's or the zoo's module for a SPEC."""
-    channels, height, width = input_shape
-    return build(model, input_shape=(channels, height, width), classes=classes, model_args=model_args)
-
-
-def trace_module(module: nn.Module, input_shape: tuple[int, ...]) -> Network:
-    """Trace a module for inputs (N, *input_shape); a wrong channel count is named."""
-    try:
-        return trace(module, torch.zeros(2, *input_shape))
-    except InputError as error:
-        first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
-        if first is not None and first.in_channels != input_shape[0]:
-            raise InputError(
-                f"images of {first.in_channels} channels, as the model's first convolution reads",
-                got=f"images of shape {'x'.join(map(str, input_shape))}",
-                consequence="nothing was started",
-                remedy="use other data, or a model for this number of channels",
-            ) from error
-        raise
-
-
-def _with_weights(model: str, model_args: tuple[str, ...], data: DataSource, weights: Path) -> Network:
-    """Return the traced model with weights from a file, or the network of a folder that bar-edge wrote."""
-    for candidate in (weights, weights / "dense"):
-        if is_network_folder(candidate):
-            return Network.load(candidate)
-    module = build_module(model, model_args, data.input_shape, len(data.classes))
-    load_weights(module, weights)
-    return trace_module(module, data.input_shape)
-
-
-def _device(network: nn.Module) -> torch.device:
-    return next(network.parameters()).device
-
-
-# -------------------------------------------------------------------------------- the other commands
+    result = run.result(dense, sliced, plan, forced)
+    write_report(out)
+    return result
 
 
 def inspect_model(
@@ -418,10 +135,10 @@ def slice_model(
     channel_plan = ChannelPlan.from_json(read_json(plan))
     sliced = slice_network(network, channel_plan)
     images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    parity = _parity(network, channel_plan, sliced, images)
+    parity = masked_parity(network, channel_plan, sliced, images)
     sliced.save(out)
     return {
-        "verdict": parity <= PARITY_LIMITS["masked_vs_sliced"],
+        "verdict": parity <= PARITY_LIMIT,
         "parity": {"masked_vs_sliced": parity},
         "dense": dataclasses.asdict(count(network)),
         "sliced": dataclasses.asdict(count(sliced)),
@@ -429,19 +146,161 @@ def slice_model(
     }
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of what a result depends on."""
-    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    for package in ("bar-edge", "torch", "onnx", "onnxruntime", "onnxsim", "lightning-fabric", "numpy"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def export_run(
+    run: Path,
+    *,
+    target: str = "onnx",
+    precision: str = "fp32",
+    lowering: str = "auto",
+    with_preprocessing: bool = False,
+    data: str | None = None,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Export a RUN's network as an artifact folder, compare it with torch on real images, and note both.
+
+    The verdict is no if the file computes something else; an earlier artifact then stays.
+    """
+    if target not in DEFAULT_LOWERING or precision != "fp32":
+        raise EnvironmentLacks(
+            f"a target out of: {', '.join(DEFAULT_LOWERING)}, in fp32",
+            got=f"{target}, {precision}",
+            consequence="nothing was written",
+        )
+    result, config = _read_result(run), run_config(read_toml(run / "config.toml"))
+    network = Network.load(run / "network")
+    form = DEFAULT_LOWERING[target] if lowering == "auto" else lowering
+    if form not in LOWERINGS:
+        raise InputError(f"a lowering: auto, {', '.join(LOWERINGS)}", got=repr(lowering), remedy="choose one of these")
+    spec = ArtifactSpec(
+        preprocessing=Preprocessing(mean=tuple(result["input"]["mean"]), std=tuple(result["input"]["std"])),
+        with_preprocessing=with_preprocessing,
+        classes=tuple(result["input"]["classes"]),
+        budget=config.budget,
+        plan=ChannelPlan.from_json(read_json(run / "plan.json")),
+        lowering=form,
+    )
+    images = sample_images(load_data(data or config.data, seed=config.seed), PARITY_IMAGES)
+    if with_preprocessing:
+        mean, std = (torch.tensor(result["input"][key])[:, None, None] for key in ("mean", "std"))
+        images = ((images * std + mean) * 255).round().to(torch.uint8)
+    folder = out or run / "artifacts" / f"{target}-{precision}"
+    lowered = lower(network, form)
+    manifest = write_artifact(lowered, folder, samples=images[:SAMPLES], spec=spec, reference=network)
+    within = bool(manifest["parity"]["within"])
+    parity = manifest["parity"]["error"]
+    if within:
+        inside = spec.preprocessing if with_preprocessing else None
+        parity = parity_onnx(network, folder / "model.onnx", images, preprocessing=inside)
+        within = parity <= manifest["parity"]["tolerance"]
+    result["parity"]["sliced_vs_onnx"] = parity
+    write_json(run / "result.json", result)
+    executed = count(lowered)
+    return {
+        "verdict": within,
+        "artifact": str(folder),
+        "lowering": form,
+        "parity": {"sliced_vs_onnx": parity, "images": len(images)},
+        "volume_executed": executed.volume,
+        "flops_executed": executed.flops,
+        "bytes": (folder / "model.onnx").stat().st_size if within else None,
+    }
 
 
-def plan_hash(plan: ChannelPlan) -> str:
-    """Return a short hash of a plan."""
-    return hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+def bench(
+    target: Path,
+    *,
+    runtime: str = "onnxruntime-cpu",
+    threads: int = 1,
+    batch: int = 1,
+    seconds: float = 3.0,
+    budget: str | None = None,
+    against: Path | None = None,
+) -> dict[str, Any]:
+    """Measure an artifact or ONNX file here, alone or in turn with another; the verdict judges a budget in ms."""
+    limit = Budget.parse(budget) if budget else None
+    if limit is not None and limit.metric != "ms":
+        raise InputError("a budget in milliseconds, such as 8ms", got=limit.text, consequence="nothing was measured")
+    files = [target, against] if against else [target]
+    found = bench_onnx(files, runtime=runtime, threads=threads, batch=batch, seconds=seconds)
+    comparison = compare(*found) if against else None
+    file = save_measurement(target, found[0], budget=limit, comparison=comparison)
+    answer = summary(found[0], budget=limit, comparison=comparison)
+    run = target.resolve().parent.parent
+    if target.is_dir() and (run / "result.json").is_file():
+        entry = {key: answer[key] for key in ("name", "runtime", "threads", "batch")}
+        entry |= {"p50_ms": answer["percentiles_ms"]["p50"], "n": answer["runs"], "file": f"{target.name}/{file.name}"}
+        result = read_json(run / "result.json")
+        result["latency"] = [old for old in result["latency"] if old["file"] != entry["file"]] + [entry]
+        write_json(run / "result.json", result)
+    return {"verdict": meets(found[0], limit) if limit else None, **answer, "file": file.name}
 
 
+def verify(artifact: Path) -> dict[str, Any]:
+    """Check an artifact's hashes, its description and its parity on the samples that it carries."""
+    checks = verify_artifact(artifact)
+    return {"verdict": all(check.passed for check in checks), "checks": [dataclasses.asdict(check) for check in checks]}
+
+
+def deploy(
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    target: str = "onnx",
+    precision: str = "fp32",
+    lowering: str = "auto",
+    with_preprocessing: bool = False,
+    runtime: str = "onnxruntime-cpu",
+    threads: int = 1,
+    seconds: float = 3.0,
+    latency_budget: str | None = None,
+) -> dict[str, Any]:
+    """Prune, export and bench; the verdict is yes if each of them says yes."""
+    pruned = prune(config, out, resume=resume, progress=progress)
+    exported = export_run(
+        out, target=target, precision=precision, lowering=lowering, with_preprocessing=with_preprocessing
+    )
+    measured: dict[str, Any] = {"verdict": None}
+    if exported["verdict"]:
+        artifact = Path(exported["artifact"])
+        measured = bench(artifact, runtime=runtime, threads=threads, seconds=seconds, budget=latency_budget)
+    report = write_report(out)
+    verdicts = [pruned["verdict"], exported["verdict"], measured["verdict"]]
+    return {
+        "verdict": False not in verdicts,
+        "prune": read_json(out / "result.json"),
+        "export": exported,
+        "bench": measured,
+        "report": str(report),
+    }
+
+
+def doctor() -> dict[str, Any]:
+    """Return what this machine has of what bar-edge can use, and what is missing with its remedy."""
+    extras = {"openvino": "openvino", "tensorrt": "trt", "transformers": "hf", "timm": "timm"}
+    found = {name: importlib.util.find_spec(name) is not None for name in extras}
+    cuda = torch.cuda.is_available()
+    return {
+        "versions": versions(),
+        "cpu": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if cuda else "none that torch can use",
+        "runtimes": {"onnxruntime-cpu": "works"},
+        "extras": {
+            name: "installed" if found[name] else f'missing: pip install "bar-edge[{extra}]"'
+            for name, extra in extras.items()
+        },
+        "trtexec": shutil.which("trtexec") is not None,
+    }
+
+
+def _read_result(run: Path) -> dict[str, Any]:
+    if not (run / "result.json").is_file() or not is_network_folder(run / "network"):
+        raise InputError(
+            "a RUN folder that prune has finished",
+            got=f"{run.name} without result.json or network",
+            remedy="give the folder of `bar-edge prune --out`, or finish it with --resume",
+        )
+    result: dict[str, Any] = read_json(run / "result.json")
+    return result

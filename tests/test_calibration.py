@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from bar_edge_calibration import reestimate_batchnorm
 from torch import nn
+
+from bar_edge_calibration import reestimate_batchnorm
 
 
 def network():

@@ -96,22 +96,6 @@ def test_segmentation_loss_ignores_unlabelled_pixels():
     assert Segmentation().loss(outputs, targets) == Segmentation().loss(changed, targets)
 
 
-class Regression:
-    """A user's task without distillation."""
-
-    metric_name, higher_is_better = "share within one half", True
-
-    def loss(self, outputs, targets):
-        return (outputs - targets).square().mean()
-
-    def metric(self, outputs, targets):
-        near = ((outputs - targets).abs() < 0.5).sum()
-        return torch.stack([near, torch.full_like(near, targets.numel())])
-
-    def value(self, counts):
-        return float(counts[0] / counts[1])
-
-
 def test_load_task(tmp_path, monkeypatch):
     assert isinstance(load_task("classification"), Classification)
     assert isinstance(load_task("segmentation"), Distills)
@@ -123,7 +107,8 @@ def test_load_task(tmp_path, monkeypatch):
         "made = Own()\n"
         "class Needs:\n def __init__(self, x): ...\n"
     )
-    assert load_task("own_task_of_test:Own").metric_name == "m"
+    own = load_task("own_task_of_test:Own")
+    assert own.metric_name == "m" and not isinstance(own, Distills)
     assert load_task("own_task_of_test:made").higher_is_better is False
     with pytest.raises(InputError, match="Half without metric, value"):
         load_task("own_task_of_test:Half")
@@ -136,6 +121,3 @@ def test_load_task(tmp_path, monkeypatch):
     with pytest.raises(InputError):
         load_task("no_such_module_of_test:Task")
 
-
-def test_a_task_may_lack_distillation():
-    assert not isinstance(Regression(), Distills)

@@ -106,7 +106,8 @@ class UserImages:
         """Return one image as PIL."""
         image = self.dataset[index][0]
         if isinstance(image, Image.Image):
-            return image
+            # a copy, because what is opened here is closed after use
+            return image.copy()
         pixels = torch.as_tensor(image)
         if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
             raise ValueError(f"an image has shape (1 or 3, H, W), got {tuple(pixels.shape)}")
@@ -163,14 +164,13 @@ def decode(
     """
     mode = "L" if geometry.channels == 1 else "RGB"
     try:
-        image = images.open(index)
-        if mode == "L" and image.mode not in _GREY_MODES:
-            raise UnlikeOthersError(f"{images.describe(index)} has colours")
-        if geometry.resize:
-            image = _resize_and_crop(image, geometry, corner)
-        elif image.size != (geometry.width, geometry.height):
-            raise UnlikeOthersError(f"{images.describe(index)} is {image.width}x{image.height} pixels")
-        array = np.asarray(_eight_bits(image, mode))
+        with images.open(index) as image:
+            if mode == "L" and image.mode not in _GREY_MODES:
+                raise UnlikeOthersError(f"{images.describe(index)} has colours")
+            if not geometry.resize and image.size != (geometry.width, geometry.height):
+                raise UnlikeOthersError(f"{images.describe(index)} is {image.width}x{image.height} pixels")
+            fitting = _resize_and_crop(image, geometry, corner) if geometry.resize else image
+            array = np.asarray(_eight_bits(fitting, mode))
     except (BarEdgeError, UnlikeOthersError):
         raise
     # Pillow and a user's data set raise a dozen kinds of exception for a broken image

@@ -80,14 +80,16 @@ def load_data(
 
 
 def _read(spec: str) -> tuple[Raw, str]:
+    # the name goes into results and reports, which hold no path
     if spec == "digits":
         return read_digits(), spec
-    if Path(spec).is_dir():
+    if spec and Path(spec).is_dir():
         return read_folder(Path(spec)), Path(spec).resolve().name
     if spec.startswith("hf:"):
-        return read_hub(spec.removeprefix("hf:")), spec
+        name = spec.removeprefix("hf:")
+        return read_hub(name), f"hf:{Path(name).name}" if Path(name).is_dir() else spec
     if ":" in spec:
-        return read_user(spec), spec
+        return read_user(spec), Path(spec).name
     raise InputError(
         "data: digits, a folder, hf:NAME, or package.module:factory",
         got=f"{spec!r}, which is no folder either",

@@ -251,7 +251,8 @@ def _user_targets(dataset: Any, spec: str) -> Tensor:
         # torchvision's convention saves reading every image for its target
         values = getattr(dataset, "targets", None)
         values = [dataset[index][1] for index in range(len(dataset))] if values is None else values
-        targets = torch.stack([torch.as_tensor(value) for value in values])
+        items = [torch.as_tensor(value) for value in values]
+        targets = torch.stack(items) if items else torch.empty(0, dtype=torch.int64)
     except Exception as error:
         raise InputError(
             f"{spec}: items are (image, target), and all targets have one shape",

@@ -58,8 +58,9 @@ def count_batches(images: int, batch: int, drop_last: bool) -> int:
 
 def generator(*seeds: int) -> torch.Generator:
     """Return a CPU generator that all the seeds determine together."""
-    # torch's CPU generator uses the low 32 bits of a seed only, so the seeds are hashed, not packed
-    state = np.random.SeedSequence([seed & 0xFFFFFFFF for seed in seeds]).generate_state(1)
+    # torch's CPU generator uses the low 32 bits of a seed only, so the seeds are hashed, not packed;
+    # their number goes in too, because SeedSequence ignores zeros at the end
+    state = np.random.SeedSequence([len(seeds), *(seed & 0xFFFFFFFF for seed in seeds)]).generate_state(1)
     return torch.Generator().manual_seed(int(state[0]))
 
 

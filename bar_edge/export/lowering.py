@@ -8,10 +8,10 @@ width of the union, plain additions.
 
 from __future__ import annotations
 
+import copy
 from typing import Literal, get_args
 
 import torch
-from bar_edge_kernels import gather, scatter_add
 from torch import fx
 
 from bar_edge.errors import InputError
@@ -20,6 +20,7 @@ from bar_edge.network import Expand, MixedAdd, Network
 from bar_edge.network.channels import passages
 from bar_edge.network.network import attach
 from bar_edge.surgery.order import is_identity
+from bar_edge_kernels import gather, scatter_add
 
 aten = torch.ops.aten
 Lowering = Literal["paper", "slices", "zero-filled", "regular"]
@@ -31,6 +32,7 @@ def lower(network: Network, form: Lowering) -> Network:
 
     Raises InputError for an unknown form.
     """
+    network = copy.deepcopy(network)
     if form == "regular":
         network = regular_form(network)
     elif form == "zero-filled":
@@ -75,7 +77,9 @@ class _Lowerer:
     def _live(self, node: fx.Node) -> fx.Node:
         """Return a tensor with its live channels only; gathers them from a whole stream on first use."""
         if node not in self.made:
-            self.made[node] = self.graph.call_function(gather, (self.whole[node], self._index(self.places[node].positions)))
+            self.made[node] = self.graph.call_function(
+                gather, (self.whole[node], self._index(self.places[node].positions))
+            )
         return self.made[node]
 
     def _index(self, positions: tuple[int, ...]) -> fx.Node:

@@ -42,6 +42,9 @@ class Preprocessing:
 class Preprocessed(nn.Module):
     """A network behind its normalisation: takes uint8 images (N, C, H, W) of values 0..255."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.network = network
@@ -73,15 +76,13 @@ def export_onnx(
     or the file cannot be written; `path` then keeps what it held.
     """
     shapes = _shapes(input_shape)
-    network = copy.deepcopy(module).cpu().float()
     if preprocessing is not None:
         _check_channels(shapes, preprocessing)
-        network = Preprocessed(network, preprocessing)
     dtype = torch.float32 if preprocessing is None else torch.uint8
     examples = tuple(torch.zeros(2, *shape, dtype=dtype) for shape in shapes)
     try:
         with quiet():
-            model = _convert(_Flat(network).eval(), examples, opset)
+            model = _convert(_Flat(module, preprocessing), examples, opset)
             model, _ = onnxsim.simplify(model)
             _clean(model, {"input_layout": "NCHW"[: len(shapes[0]) + 1], **(metadata or {})})
             onnx.checker.check_model(model, full_check=True)
@@ -104,11 +105,12 @@ def parity_onnx(
     not. NaN or infinity in either gives infinity. The module is left as it was.
     """
     inputs = images if isinstance(images, tuple) else (images,)
-    session = cpu_session(onnx_path)
+    network, session = _Flat(module, preprocessing), cpu_session(onnx_path)
     largest_error = largest = 0.0
     for start in range(0, len(inputs[0]), chunk):
         part = tuple(x[start : start + chunk] for x in inputs)
-        expected = torch_outputs(module, part, preprocessing=preprocessing)
+        with torch.no_grad():
+            expected = [tensor.numpy() for tensor in network(*part)]
         feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), part, strict=True)}
         error, scale = difference(expected, session.run(None, feed))
         largest_error, largest = max(largest_error, error), max(largest, scale)
@@ -119,11 +121,8 @@ def torch_outputs(
     module: nn.Module, inputs: tuple[Tensor, ...], *, preprocessing: Preprocessing | None = None
 ) -> list[np.ndarray]:
     """Run a copy of the module on the CPU in eval mode and float32; returns its outputs in order."""
-    network = copy.deepcopy(module).cpu().float()
-    if preprocessing is not None:
-        network = Preprocessed(network, preprocessing)
     with torch.no_grad():
-        return [tensor.numpy() for tensor in _Flat(network).eval()(*inputs)]
+        return [tensor.numpy() for tensor in _Flat(module, preprocessing)(*inputs)]
 
 
 @contextlib.contextmanager
@@ -147,11 +146,13 @@ def quiet() -> Iterator[None]:
 
 
 class _Flat(nn.Module):
-    """A network whose outputs are a flat tuple, whatever structure the user returns."""
+    """A copy of a network as a file holds it: CPU, float32, eval mode, normalisation in front, flat outputs."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, module: nn.Module, preprocessing: Preprocessing | None) -> None:
         super().__init__()
-        self.network = network
+        network = copy.deepcopy(module).cpu().float()
+        self.network = network if preprocessing is None else Preprocessed(network, preprocessing)
+        self.eval()
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return tuple(leaf for leaf in pytree.tree_leaves(self.network(*inputs)) if isinstance(leaf, Tensor))

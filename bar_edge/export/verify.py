@@ -52,7 +52,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     remedy = "name a folder that `bar-edge export` wrote"
     if not (folder / MANIFEST).is_file():
         raise InputError(f"an artifact folder with a {MANIFEST}", got=folder.name, remedy=remedy)
-    manifest = read_json(folder / MANIFEST)
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
     try:
         if manifest["schema"] != 1:
             raise ValueError(f"schema {manifest['schema']}")
@@ -61,7 +61,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError(f"files {sorted(names)}")
         if manifest["precision"] not in TOLERANCES:
             raise ValueError(f"precision {manifest['precision']}")
-        assert isinstance(manifest, dict)
         _ = [value["name"] for value in [*manifest["inputs"], *manifest["outputs"]]]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError("a manifest of schema 1", got=f"{type(error).__name__}: {error}", remedy=remedy) from error

@@ -100,11 +100,17 @@ class _Widener:
             kind = passage.kind if passage is not None else "opaque"
             if kind == "read" and module is not None:
                 source = node.all_input_nodes[0]
-                attach(self.root, str(node.target), _wide_reader(module, self.places.get(node), self.places.get(source)))
+                attach(
+                    self.root, str(node.target), _wide_reader(module, self.places.get(node), self.places.get(source))
+                )
                 self.made[node] = self.graph.call_module(str(node.target), (self.made[source],))
             elif kind == "add" and passage is not None:
                 self._add(node, [link.source for link in passage.links], [link.outputs for link in passage.links])
-            elif passage is not None and is_identity(passage) and self.places.get(node) == self.places.get(passage.links[0].source):
+            elif (
+                passage is not None
+                and is_identity(passage)
+                and self.places.get(node) == self.places.get(passage.links[0].source)
+            ):
                 if module is not None:
                     attach(self.root, str(node.target), _wide_alone(module, self.places.get(node)))
                 self.made[node] = self.graph.node_copy(node, lambda n: self.made[n])

@@ -13,7 +13,7 @@ from bar_edge.methods import hard_concrete
 from bar_edge.methods.barrier import BudgetSchedule, barrier
 from bar_edge.methods.cost import GateCost
 from bar_edge.methods.distillation import Distill, distillation_loss, soft_cross_entropy
-from bar_edge.methods.gate_optimizer import GateOptimizer
+from bar_edge.methods.gate_optimizer import GATE_OPTIMIZERS, GateOptimizer
 from bar_edge.methods.gates import GatedNetwork, fold
 from bar_edge.methods.layout import GateLayout
 from bar_edge.methods.projection import budget_limit, project, protected_layers
@@ -72,9 +72,11 @@ class BAR:
         self.protected = [self.layout.offsets[name] for name in protected_layers(self.layout, self.budget.metric)]
         gates = self.network.gates
         with torch.no_grad():
-            gates.log_alpha.copy_(_open_start(self.layout, dense))
+            gates.log_alpha.copy_(_start(self.layout, dense, c, seed))
         self.network.to(next(dense.parameters()).device)
-        self.optimizer = GateOptimizer(gates.log_alpha, steps, c)
+        self.weight = c.lambda_norm / self.cost.full if c.lambda_raw is None else c.lambda_raw
+        self.optimizer: GateOptimizer = GATE_OPTIMIZERS[c.gate_optimizer](gates.log_alpha, steps, c)
+        self._cost_gradient = torch.zeros_like(gates.log_alpha)
         self._stats: dict[str, Any] = {"flips": 0}
 
     def weights(self) -> list[nn.Parameter]:
@@ -83,6 +85,8 @@ class BAR:
 
     def loss(self, data_loss: Tensor, inputs: Tensor, outputs: Any) -> Tensor:
         """Return the training loss: data term, distillation if there is a teacher, and lambda * L_S * f (eq. 6, 8).
+
+        The last term is a plain number here: `step` applies its gradient to the gates.
 
         data_loss: your criterion, the mean over the batch; inputs, outputs: of this batch.
         """
@@ -97,6 +101,7 @@ class BAR:
         volume, upper = self.cost.hard(opened), self.schedule.upper(gates.step)
         f = barrier(volume, self.schedule.lower, upper, self.config.barrier_cap)
         sparsity = self.cost.expected(hard_concrete.probability_open(gates.log_alpha))
+        (self._cost_gradient,) = torch.autograd.grad(sparsity, gates.log_alpha)  # kept apart from the data's
         self._stats |= {
             "volume": volume,
             "budget": upper,
@@ -105,12 +110,11 @@ class BAR:
             "open": opened.sum(),
             "data_loss": data_loss.detach(),
         }
-        return total + self.config.lambda_norm / self.cost.full * f * sparsity.to(total.dtype)
+        return total + (self.weight * f * sparsity.detach()).to(total.dtype)
 
     def _follow(self, device: torch.device) -> None:
         """Move what works beside the gates to where the user has moved the network."""
         self.cost.to(device)
-        self.optimizer.momentum = self.optimizer.momentum.to(device)
         if self.teacher is not None:
             self.teacher.to(device)
 
@@ -120,7 +124,7 @@ class BAR:
         gates = self.network.gates
         before = gates.opened()
         if gates.log_alpha.grad is not None and bool(gates.log_alpha.grad.isfinite().all()):
-            self.optimizer.step(gates.log_alpha.grad, float(self._stats["barrier"]))
+            self.optimizer.step(gates.log_alpha.grad, self._cost_gradient, self._stats["barrier"], self.weight)
         for first, n in self.protected:
             own = gates.log_alpha[first : first + n]
             own[own.argmax()] = own.max().clamp(min=self.config.protect_floor)
@@ -129,7 +133,7 @@ class BAR:
         self._stats["flips"] = (before != gates.opened()).sum()
 
     def stats(self) -> dict[str, float]:
-        """Return the last step's volume (hard, in the budget's unit), budget b, barrier f, sparsity L_S, open, flips, data_loss."""
+        """Return volume (hard, in the budget's unit), budget b, barrier f, sparsity L_S, open, flips, data_loss."""
         return {name: float(value) for name, value in self._stats.items()}
 
     def finish(self) -> tuple[Network, ChannelPlan, dict[str, float]]:
@@ -168,8 +172,14 @@ class BAR:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def _open_start(layout: GateLayout, network: Network) -> Tensor:
-    """Return log alpha = .5 to 3, open, spread by the rank of |BatchNorm weight| (or the filter's norm) in the layer."""
+def _start(layout: GateLayout, network: Network, config: BarConfig, seed: int) -> Tensor:
+    """Return log alpha at the first step (gates,), all open.
+
+    ranked: 0.5 to 3 by the rank in the layer of |weight| of the BatchNorm behind the gate (else of the
+    filter's norm), so that gates do not cross the threshold together; uniform: U(0, .01), as printed.
+    """
+    if config.gate_start == "uniform":
+        return torch.rand(layout.size, generator=torch.Generator().manual_seed(seed)) * 0.01
     parts = []
     for name, (_, n) in layout.offsets.items():
         followers = layout.followers(name)

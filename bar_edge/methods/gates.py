@@ -144,7 +144,7 @@ class GatedNetwork(nn.Module):
 
 def _sites(layout: GateLayout) -> list[Site]:
     """Choose where every gate acts, and where channels must be masked again."""
-    network, found = layout.network, layout.found
+    found = layout.found
     by_name = {str(node.target): node for node in found if node.op == "call_module"}
     sites, taken = [], set[fx.Node]()
     for name, (first, n) in layout.offsets.items():
@@ -172,7 +172,9 @@ def _insert(network: Network, gates: Gates, sites: list[Site]) -> fx.GraphModule
         factors = graph.call_module("bar_gates") if factors is None else factors
         module = network.module_of(node)
         if node.op in ("call_module", "get_attr"):
-            root[str(node.target)] = module if module is not None else operator.attrgetter(str(node.target))(network.body)
+            root[str(node.target)] = (
+                module if module is not None else operator.attrgetter(str(node.target))(network.body)
+            )
         if node not in where:
             made[node] = graph.node_copy(node, lambda n: made[n])
             continue

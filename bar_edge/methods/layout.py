@@ -51,7 +51,8 @@ class GateLayout:
         """Return the kept channels of every gated convolution by name."""
         flags = opened.cpu()
         return {
-            name: tuple(flags[first : first + n].nonzero().flatten().tolist()) for name, (first, n) in self.offsets.items()
+            name: tuple(flags[first : first + n].nonzero().flatten().tolist())
+            for name, (first, n) in self.offsets.items()
         }
 
     def node(self, name: str) -> fx.Node:
@@ -66,7 +67,9 @@ class GateLayout:
         """
         users = list(self.node(name).users)
         norms = [u for u in users if isinstance(self.network.module_of(u), nn.modules.batchnorm._BatchNorm)]
-        return [str(u.target) for u in norms if self.found[u].kind == "map"] if users and len(norms) == len(users) else []
+        return (
+            [str(u.target) for u in norms if self.found[u].kind == "map"] if users and len(norms) == len(users) else []
+        )
 
 
 def _all_writers(found: Passages, offsets: dict[str, tuple[int, int]]) -> dict[fx.Node, Writers]:

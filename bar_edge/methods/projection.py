@@ -20,7 +20,9 @@ def budget_limit(layout: GateLayout, budget: Budget) -> float:
     """Return the budget in its own unit; raises InputError if it is not counted or below the smallest feasible cost."""
     if budget.metric == "ms":
         raise InputError(
-            "a budget that can be counted: volume, FLOPs or parameters", got=budget.text, remedy="train for 8x, judge ms by bench"
+            "a budget that can be counted: volume, FLOPs or parameters",
+            got=budget.text,
+            remedy="train for 8x, judge ms by bench",
         )
     limit = budget.limit(full_counts(layout).of(budget.metric))
     least = smallest_cost(layout, budget.metric)
@@ -54,7 +56,10 @@ def protected_layers(layout: GateLayout, metric: Metric) -> list[str]:
         if passage.kind in ("map", "add") and sources:
             cost, path = min((best[s] for s in sources), key=lambda entry: entry[0])
         else:
-            cost, path = max((best[s][0] for s in sources), default=0.0), frozenset().union(*(best[s][1] for s in sources))
+            cost, path = (
+                max((best[s][0] for s in sources), default=0.0),
+                frozenset().union(*(best[s][1] for s in sources)),
+            )
         best[node] = (cost + step, path | own)
     ends = [s for node in network.nodes if node.op == "output" for s in node.all_input_nodes if s in best]
     names = frozenset().union(*(best[s][1] for s in ends))

@@ -30,6 +30,7 @@ class InvertedResidual(nn.Module):
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output."""
         y: Tensor = self.conv(x)
         return x + y if self.residual else y
 
@@ -57,6 +58,7 @@ class MobileNetV2(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map images (N, C, H, W) to logits (N, classes)."""
         result: Tensor = self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
         return result
 

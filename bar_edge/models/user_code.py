@@ -41,13 +41,21 @@ def load_attribute(spec: str) -> Any:
 
 def _load_file(path: Path) -> ModuleType:
     # a prefix of our own, so that a file named like an installed package replaces nothing
-    name = f"bar_edge_user_{path.stem}"
+    name, path = f"bar_edge_user_{path.stem}", path.resolve()
+    loaded = sys.modules.get(name)
+    # student and teacher come from one copy of the user's classes
+    if loaded is not None and loaded.__file__ == str(path):
+        return loaded
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise FileNotFoundError(f"no file {path.name}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 

@@ -19,6 +19,7 @@ class VGG(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map images (N, C, H, W) to logits (N, classes)."""
         result: Tensor = self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
         return result
 

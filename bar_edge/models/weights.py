@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,22 @@ def _read(path: Path) -> Any:
             return safetensors.torch.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        lines = str(error).strip().splitlines() or [""]
         raise InputError(
             "weights: a safetensors file, or a torch checkpoint of tensors and plain containers",
-            got=f"{path.name}: {type(error).__name__}: {lines[0][:300]}",
+            got=f"{path.name}: {_reason(error)}",
             consequence="the file was not loaded, and no code in it was run",
             remedy="save the weights alone: torch.save(model.state_dict(), FILE)",
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    # torch's own text recommends weights_only=False, which would run the file's code
+    code = re.search(r"GLOBAL (\S+)", str(error))
+    if code is not None:
+        return f"it names {code[1]}, which is code or a class, not weights"
+    if isinstance(error, pickle.UnpicklingError):
+        return "no checkpoint that torch.save wrote, or a damaged one"
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 def _unwrap(data: Any, path: Path) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ class PreActivationBlock(nn.Module):
         self.shortcut = conv(inputs, outputs, 1, stride) if stride != 1 or inputs != outputs else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output."""
         y = self.relu(self.bn1(x))
         identity = x if self.shortcut is None else self.shortcut(y)
         y = self.conv2(self.relu(self.bn2(self.conv1(y))))
@@ -56,6 +57,7 @@ class WideResNet(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map images (N, C, H, W) to logits (N, classes)."""
         x = self.relu(self.bn(self.stages(self.conv1(x))))
         result: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
         return result

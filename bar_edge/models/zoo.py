@@ -106,6 +106,7 @@ class Logits(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """Map images (N, C, H, W) to logits (N, classes)."""
         result: Tensor = self.model(pixel_values=pixel_values).logits
         return result
 

@@ -129,7 +129,9 @@ def prunable(network: Network, found: Passages | None = None) -> dict[str, str]:
             if passage.kind == "map":
                 reasons[str(node.target)] = "depthwise: follows its input"
             elif passage.kind == "opaque":
-                reasons[str(node.target)] = "called twice" if _calls(network, node) > 1 else "no rule for its groups or input"
+                reasons[str(node.target)] = (
+                    "called twice" if _calls(network, node) > 1 else "no rule for its groups or input"
+                )
             else:
                 reasons[str(node.target)] = "its channels are the network's output" if node in fixed else ""
     return reasons

@@ -90,7 +90,9 @@ class Network(nn.Module):
         """Read what `save` wrote; raises InputError for anything else."""
         data = read_json(folder / "network.json")
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
-            raise InputError(f"a network folder of format {_FORMAT}", got=folder.name, remedy="name a folder of bar-edge")
+            raise InputError(
+                f"a network folder of format {_FORMAT}", got=folder.name, remedy="name a folder of bar-edge"
+            )
         try:
             network = _rebuild(data)
             tensors = load_file(folder / "weights.safetensors")
@@ -102,7 +104,9 @@ class Network(nn.Module):
             network.body.load_state_dict(tensors)
         except (KeyError, TypeError, ValueError, AttributeError, OSError, RuntimeError, SafetensorError) as error:
             raise InputError(
-                "a complete network folder", got=f"{folder.name}: {type(error).__name__}: {error}", remedy="export it again"
+                "a complete network folder",
+                got=f"{folder.name}: {type(error).__name__}: {error}",
+                remedy="export it again",
             ) from error
         return network
 

@@ -48,7 +48,9 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.Expor
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             free = tuple({0: torch.export.Dim.AUTO} for _ in pair)
-            program = torch.export.export(module, pair, dynamic_shapes=(free if len(pair) > 1 else free[:1]), strict=False)
+            program = torch.export.export(
+                module, pair, dynamic_shapes=(free if len(pair) > 1 else free[:1]), strict=False
+            )
     except Exception as error:  # torch.export raises many kinds; all mean that this module cannot be traced
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise InputError(
@@ -262,7 +264,9 @@ def _layer_norm(builder: _Builder, node: fx.Node) -> Made:
 
 def _dropout(builder: _Builder, node: fx.Node) -> Made:
     stack = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
-    return f"{stack[-1] if stack and stack[-1] else 'functional'}_{node.name}".replace(".", "_"), nn.Dropout(node.args[1])  # type: ignore[arg-type]
+    return f"{stack[-1] if stack and stack[-1] else 'functional'}_{node.name}".replace(".", "_"), nn.Dropout(
+        node.args[1]
+    )  # type: ignore[arg-type]
 
 
 MODULE_BUILDERS: dict[object, Callable[[_Builder, fx.Node], Made]] = {
@@ -298,4 +302,6 @@ def _is_flatten(node: fx.Node) -> bool:
     if node.target not in (aten.view.default, aten.reshape.default):
         return False
     before, after = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
-    return len(after) == 2 and len(before) > 2 and isinstance(after[0], torch.SymInt) and str(after[0]) == str(before[0])
+    return (
+        len(after) == 2 and len(before) > 2 and isinstance(after[0], torch.SymInt) and str(after[0]) == str(before[0])
+    )

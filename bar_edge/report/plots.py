@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 #: colours that no figure shows: in the SVG each becomes what the page's theme says
 INK, FAINT, ONE, TWO, BAD = "#010101", "#020202", "#030303", "#040404", "#050505"
 _CSS = {INK: "currentColor", FAINT: "var(--line)", ONE: "var(--one)", TWO: "var(--two)", BAD: "var(--bad)"}
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "bar-edge",
     "font.size": 10,
@@ -34,6 +35,7 @@ _WIDTH = 5.2
 _MOST_POINTS = 500
 
 
+@matplotlib.rc_context(_STYLE)
 def budget_curve(metrics: Sequence[Mapping[str, Any]], limit: float | None, unit: str) -> str | None:
     """Draw cost V and moving budget b over the steps; None if no line of metrics.jsonl holds a volume."""
     points = _thin([(x, m) for x, m in _with_steps(metrics) if m.get("volume") is not None])
@@ -55,6 +57,7 @@ def budget_curve(metrics: Sequence[Mapping[str, Any]], limit: float | None, unit
     return _svg(figure, f"Cost V of the network and moving budget b, in {unit}, over the pruning steps")
 
 
+@matplotlib.rc_context(_STYLE)
 def metric_curve(metrics: Sequence[Mapping[str, Any]], name: str) -> str | None:
     """Draw the held-out metric over the steps, phases told apart; None if no line holds a metric."""
     points = [(x, m) for x, m in _with_steps(metrics) if m.get("metric") is not None]
@@ -76,6 +79,7 @@ def metric_curve(metrics: Sequence[Mapping[str, Any]], name: str) -> str | None:
     return _svg(figure, f"{name} on held-out images over the steps of all phases")
 
 
+@matplotlib.rc_context(_STYLE)
 def widths(layers: Sequence[Mapping[str, Any]]) -> str | None:
     """Draw each convolution's channels before and after, removed ones crossed (the paper's figure 7)."""
     if not layers:
@@ -94,23 +98,21 @@ def widths(layers: Sequence[Mapping[str, Any]]) -> str | None:
     return _svg(figure, "Output channels of every convolution before and after pruning; removed ones are crossed")
 
 
-def histogram(samples_ms: Sequence[float], against_ms: Sequence[float] | None = None) -> str:
-    """Draw the latency's distribution, its slowest hundredth left out of the picture; `against_ms` beside it."""
+@matplotlib.rc_context(_STYLE)
+def histogram(samples_ms: Sequence[float]) -> str:
+    """Draw the latency's distribution, its slowest hundredth left out of the picture."""
     figure, axes = _figure(2.4)
-    both = sorted([*samples_ms, *(against_ms or ())])
-    span = (both[0], both[min(len(both) - 1, int(len(both) * 0.99))])
+    ordered = sorted(samples_ms)
+    span = (ordered[0], ordered[int((len(ordered) - 1) * 0.99)])
     if span[0] == span[1]:
         span = (span[0] * 0.95, span[1] * 1.05 + 1e-6)
-    if against_ms:
-        axes.hist(against_ms, bins=40, range=span, color=TWO, alpha=0.55, label="compared with")
-    axes.hist(samples_ms, bins=40, range=span, color=ONE, alpha=0.85, label="this file")
-    axes.set(xlabel="latency, ms", ylabel="inferences")
+    axes.hist(samples_ms, bins=40, range=span, color=ONE)
+    axes.set(xlabel="latency, ms (the slowest hundredth left out)", ylabel="inferences")
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    if against_ms:
-        axes.legend()
     return _svg(figure, f"Histogram of {len(samples_ms)} latencies in ms")
 
 
+@matplotlib.rc_context(_STYLE)
 def trade_off(points: Sequence[tuple[str, float, float]], name: str) -> str | None:
     """Draw metric over cost factor, one colour and mark per series; points: (series, factor, metric)."""
     if not points:
@@ -122,6 +124,8 @@ def trade_off(points: Sequence[tuple[str, float, float]], name: str) -> str | No
         mine = [(factor, metric) for s, factor, metric in points if s == series]
         axes.plot(*zip(*mine, strict=True), color=color, marker=marker, linestyle="", label=series)
     axes.set(xlabel="activation volume, times smaller", ylabel=name)
+    if max(metric for _, _, metric in points) <= 1:
+        axes.set_ylim(top=min(1.0, axes.get_ylim()[1]))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(axis="y", linewidth=0.5)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, handlelength=1)
@@ -133,11 +137,10 @@ def _with_steps(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[float, Mappi
     found: list[tuple[float, Mapping[str, Any]]] = []
     offset = last = 0.0
     for line in metrics:
-        step = float(line.get("step") or 0)
-        if step < last:
+        if found and line.get("phase") != found[-1][1].get("phase"):
             offset += last
-        last = step
-        found.append((offset + step, line))
+        last = float(line.get("step") or 0)
+        found.append((offset + last, line))
     return found
 
 
@@ -147,28 +150,20 @@ def _thin(points: list[Any]) -> list[Any]:
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        return figure, figure.add_subplot()
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    return figure, figure.add_subplot()
 
 
 def _svg(figure: Figure, says: str) -> str:
     """Return the figure as an `<svg>` element for a page: themed, scalable, and named for who cannot see it."""
     out = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     for color, css in _CSS.items():
         text = text.replace(color, css)
     text = re.sub(r"font: [^;\"]*?(\d+(?:\.\d+)?)px [^;\"]*", r"font-size: \1px", text)
-    label = says.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return re.sub(r'<svg ([^>]*?)width="[^"]*"([^>]*?)height="[^"]*"', _named(label), text, count=1)
-
-
-def _named(label: str) -> Any:
-    def open_tag(found: re.Match[str]) -> str:
-        return f'<svg role="img" aria-label="{label}" {found[1]}{found[2]}'
-
-    return open_tag
+    tag, rest = text.split(">", 1)
+    tag = re.sub(r' (width|height|version)="[^"]*"', "", tag)
+    return f'{tag} role="img" aria-label="{html.escape(says)}">{rest}'

@@ -11,7 +11,11 @@ from bar_edge.network.liveness import Held
 
 def is_identity(passage: Passage) -> bool:
     """Tell whether a tensor has its channels one by one from one input."""
-    return passage.kind == "map" and len(passage.links) == 1 and torch.equal(passage.links[0].inputs, passage.links[0].outputs)
+    return (
+        passage.kind == "map"
+        and len(passage.links) == 1
+        and torch.equal(passage.links[0].inputs, passage.links[0].outputs)
+    )
 
 
 def streams(found: Passages) -> dict[fx.Node, fx.Node]:

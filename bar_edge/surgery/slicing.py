@@ -114,7 +114,9 @@ class _Slicer:
         operands = [self.made[link.source] for link in links]
         if len(links) == 1 or torch.equal(places[0], places[1]):
             self.order[node] = places[0]
-            self.made[node] = operands[0] if len(links) == 1 else self.graph.call_function(aten.add.Tensor, tuple(operands))
+            self.made[node] = (
+                operands[0] if len(links) == 1 else self.graph.call_function(aten.add.Tensor, tuple(operands))
+            )
             return
         ids = self.held[node].nonzero().flatten()
         ids = ids[torch.argsort(self.ranks[node][ids])] if node in self.ranks else ids
@@ -182,7 +184,9 @@ def _take(module: nn.Module, name: str, tensor: Tensor | None) -> None:
         return
     old = getattr(module, name)
     values = tensor.detach().clone().contiguous()
-    setattr(module, name, nn.Parameter(values, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else values)
+    setattr(
+        module, name, nn.Parameter(values, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else values
+    )
 
 
 def _hollow(module: nn.Module) -> nn.Module:

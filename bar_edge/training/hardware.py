@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision, Precision
 
 from bar_edge.errors import EnvironmentLacks
 
@@ -33,9 +34,9 @@ def choose_precision(name: Literal["auto", "fp32", "bf16"], device: torch.device
 def make_fabric(device: torch.device, precision: Literal["fp32", "bf16"]) -> Fabric:
     """Return a Fabric for one device; bf16 means autocast, the weights stay in float32."""
     devices = [device.index or 0] if device.type == "cuda" else 1
-    return Fabric(
-        accelerator=device.type, devices=devices, precision="bf16-mixed" if precision == "bf16" else "32-true"
-    )
+    # a plugin instead of its name: by name, Fabric announces it on stderr in every phase
+    plugin = MixedPrecision("bf16-mixed", device=device.type) if precision == "bf16" else Precision()
+    return Fabric(accelerator=device.type, devices=devices, plugins=[plugin])
 
 
 def _cpu_computes_bf16() -> bool:

@@ -17,7 +17,7 @@ Phase = Literal["dense", "prune", "tune"]
 
 
 def make_optimizer(weights: Iterable[nn.Parameter], config: TrainConfig, lr: float) -> torch.optim.Optimizer:
-    """Return SGD (Nesterov .9) or AdamW over the trainable weights; biases and norms (1-D) do not decay.
+    """Return SGD (Nesterov .9), AdamW or Adam over the trainable weights; biases and norms (1-D) do not decay.
 
     Raises InputError if every weight is frozen.
     """
@@ -29,8 +29,9 @@ def make_optimizer(weights: Iterable[nn.Parameter], config: TrainConfig, lr: flo
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise InputError("a network with trainable weights", got="every parameter has requires_grad=False")
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, fused=True)
+    if config.optimizer != "sgd":
+        kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+        return kind(groups, lr=lr, fused=True)
     return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
 
 

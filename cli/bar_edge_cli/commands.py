@@ -92,7 +92,7 @@ Lowering = Annotated[
 WithPreprocessing = Annotated[
     bool, _option("--with-preprocessing", text="Put the normalisation into the graph, which then takes uint8.")
 ]
-Runtime = Annotated[str, _option("--runtime", metavar="NAME", text="What runs the file: onnxruntime.")]
+Runtime = Annotated[str, _option("--runtime", metavar="NAME", text="What runs the file: onnxruntime-cpu.")]
 Threads = Annotated[int, _option("--threads", metavar="N", text="Threads of the runtime.")]
 Seconds = Annotated[float, _option("--seconds", metavar="S", text="How long to measure.")]
 Json = Annotated[bool, _option("--json", text="Write exactly one JSON object to stdout, all else to stderr.")]
@@ -213,10 +213,10 @@ def export(
 @app.command()
 def bench(
     target: Annotated[Path, typer.Argument(metavar="ARTIFACT|FILE.onnx", help="What export wrote, or an ONNX file.")],
-    runtime: Runtime = "onnxruntime",
+    runtime: Runtime = "onnxruntime-cpu",
     threads: Threads = 1,
     batch: Annotated[int, _option("--batch", metavar="N", text="Inputs per inference.")] = 1,
-    seconds: Seconds = 10.0,
+    seconds: Seconds = 3.0,
     budget: Annotated[str | None, _option("--budget", metavar="MS", text="Judge the median by this, e.g. 8ms.")] = None,
     against: Annotated[
         Path | None, _option("--against", metavar="OTHER", text="Measure this in turn with it, and give the ratio.")
@@ -269,9 +269,9 @@ def deploy(
     precision: Precision = "fp32",
     lowering: Lowering = "auto",
     with_preprocessing: WithPreprocessing = False,
-    runtime: Runtime = "onnxruntime",
+    runtime: Runtime = "onnxruntime-cpu",
     threads: Threads = 1,
-    seconds: Seconds = 10.0,
+    seconds: Seconds = 3.0,
     json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:

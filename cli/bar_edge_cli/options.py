@@ -23,14 +23,20 @@ PRESETS: dict[str, dict[str, Any]] = {
             "prune": 80,
             "tune": 50,
             "batch": 64,
-            "optimizer": "adamw",
+            "optimizer": "adam",
             "lr_dense": 1e-3,
             "lr_prune": 1e-3,
             "lr_tune": 1e-3,
             "weight_decay": 5e-4,
             "schedule": "constant",
         },
-        "bar": {"slack": 0.01, "barrier_cap": 1e10},
+        "bar": {
+            "lambda_raw": 1e-5,
+            "barrier_cap": 1e10,
+            "gate_optimizer": "adam",
+            "gate_start": "uniform",
+            "protect_floor": 0.0,
+        },
     },
 }
 

@@ -1,0 +1,326 @@
+"""One RUN folder on its way: dense, pruned, sliced, tuned, judged; every stage that is done is not done again."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.metadata
+import itertools
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bar_edge.config import RunConfig, to_toml
+from bar_edge.data import DataSource, Split, load_data
+from bar_edge.errors import InputError
+from bar_edge.export.widen import regular_form
+from bar_edge.methods import BAR, GateLayout, budget_limit, random_plan
+from bar_edge.methods.distillation import soft_cross_entropy
+from bar_edge.models import build, load_weights
+from bar_edge.network import Network, count, is_network_folder, layers, trace
+from bar_edge.records import Budget, ChannelPlan, read_json, write_json
+from bar_edge.surgery import masked_outputs, relative_difference, slice_network
+from bar_edge.training import Distills, Journal, Phase, Progress, Task, evaluate, load_task, train
+from bar_edge_calibration import reestimate_batchnorm
+
+PARITY_IMAGES = 64
+REESTIMATION_BATCHES = 50
+#: masked against sliced on real images, in float64
+PARITY_LIMIT = 1e-9
+
+
+class Run:
+    """One RUN folder on its way; every stage is skipped if an interrupted run had finished it."""
+
+    def __init__(self, config: RunConfig, out: Path, resume: bool, progress: Progress) -> None:
+        self.config, self.out, self.progress = config, out, progress
+        self.task: Task = load_task(config.task)
+        self.data: DataSource = load_data(config.data, seed=config.seed, workers=config.train.workers)
+        torch.manual_seed(config.seed)
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+        self.network = read_network(config.model, config.model_arg, self.data.input_shape, len(self.data.classes))
+        if config.weights:
+            self.network = with_weights(config.model, config.model_arg, self.data, Path(config.weights))
+        self.layout = GateLayout(self.network)
+        self.budget = Budget.parse(config.budget)
+        self.limit = budget_limit(self.layout, self.budget)
+        _prepare_folder(out, to_toml(config), resume)
+        self.journal = Journal(out, resume=resume)
+
+    def finished(self) -> bool:
+        """Tell whether the folder holds a result of this configuration."""
+        return (self.out / "result.json").is_file()
+
+    def dense(self) -> Network:
+        """Return the trained dense network, RUN/dense; given weights are not trained again."""
+        folder = self.out / "dense"
+        if is_network_folder(folder):
+            return Network.load(folder)
+        network = copy.deepcopy(self.network)
+        if not self.config.weights:
+            self._train(network, "dense")
+        network.save(folder)
+        return network
+
+    def teacher(self, dense: Network) -> nn.Module:
+        """Return whom the student learns from: --teacher, or the dense network."""
+        if not self.config.teacher:
+            return copy.deepcopy(dense).eval()
+        return with_weights(self.config.model, self.config.model_arg, self.data, Path(self.config.teacher)).eval()
+
+    def pruned(self, dense: Network, teacher: nn.Module) -> tuple[Network, ChannelPlan, int]:
+        """Return the sliced network before fine-tuning, its plan and how many gates the projection closed."""
+        folder, plan_file = self.out / "checkpoints" / "sliced", self.out / "plan.json"
+        if plan_file.is_file():
+            state = read_json(folder / "state.json")
+            self.parity = float(state["parity"])
+            self.end = state["end"]
+            return Network.load(folder), ChannelPlan.from_json(read_json(plan_file)), int(state["forced"])
+        if self.config.method == "bar":
+            folded, plan, forced = self._bar(dense, teacher)
+        else:
+            plan = random_plan(GateLayout(dense), self.budget.metric, self.limit, self.config.seed)
+            folded, forced, self.end = dense, 0, {}
+        sliced = slice_network(folded, plan)
+        self.parity = masked_parity(folded, plan, sliced, self._images())
+        if self.config.method == "random":
+            self._train(sliced, "prune", teacher=teacher)
+        sliced.save(folder)
+        write_json(folder / "state.json", {"parity": self.parity, "forced": forced, "end": self.end})
+        write_json(plan_file, plan.to_json())
+        return sliced, plan, forced
+
+    def _bar(self, dense: Network, teacher: nn.Module) -> tuple[Network, ChannelPlan, int]:
+        c = self.config
+        steps = self.data.fit.n_batches(c.train.batch, True) * c.train.prune
+        pruner = BAR(
+            dense,
+            budget=c.budget,
+            steps=steps,
+            teacher=teacher if isinstance(self.task, Distills) else None,
+            config=c.bar,
+            distill=c.distill,
+            soft_loss=self.task.distill if isinstance(self.task, Distills) else soft_cross_entropy,
+            seed=c.seed,
+        )
+        self._train(pruner.network, "prune", pruner=pruner)
+        if c.train.prune:
+            self._reestimate(pruner.network.eval())  # sampled gates left statistics that the final gates do not have
+        folded, plan, end = pruner.finish()
+        self.end = end
+        return folded, plan, int(end["forced"])
+
+    def tune(self, sliced: Network, teacher: nn.Module) -> None:
+        """Fine-tune in place; without epochs, re-estimate BatchNorm and keep that if held-out images prefer it."""
+        self.reestimated = False
+        if self.config.train.tune:
+            self._train(sliced, "tune", teacher=teacher)
+            return
+        before, kept = copy.deepcopy(sliced.state_dict()), self.evaluate(sliced, "held_out")
+        self._reestimate(sliced)
+        better = self.evaluate(sliced, "held_out") - kept
+        self.reestimated = better > 0 if self.task.higher_is_better else better < 0
+        if not self.reestimated:
+            sliced.load_state_dict(before)
+
+    def _reestimate(self, network: nn.Module) -> None:
+        """Measure BatchNorm statistics anew on training images."""
+        device, batch = next(network.parameters()).device, self.config.train.batch
+        batches = self.data.fit.batches(batch, train=True, seed=0, epoch=0, device=device, augment="none")
+        reestimate_batchnorm(network, (images for images, _ in itertools.islice(batches, REESTIMATION_BATCHES)))
+
+    def result(self, dense: Network, sliced: Network, plan: ChannelPlan, forced: int) -> dict[str, Any]:
+        """Read the test split once, write network/ and result.json, and return the result."""
+        sliced.save(self.out / "network")
+        full, counts, regular = count(dense), count(sliced), count(regular_form(sliced))
+        achieved = counts.of(self.budget.metric)
+        metric = {"dense": self.evaluate(dense, "test"), "sliced": self.evaluate(sliced, "test")}
+        drop = (metric["dense"] - metric["sliced"]) * (1 if self.task.higher_is_better else -1)
+        within = achieved <= self.limit
+        kept_enough = self.config.max_drop is None or drop * 100 <= self.config.max_drop
+        exact = self.parity <= PARITY_LIMIT
+        after = {layer.name: layer for layer in layers(dense, plan)}
+        result = {
+            "schema": 1,
+            "verdict": within and kept_enough and exact,
+            "method": self.config.method,
+            "model": self.config.model,
+            "data": self.data.name,
+            "seed": self.config.seed,
+            "metric": {"name": self.task.metric_name, "higher_is_better": self.task.higher_is_better},
+            "budget": {
+                "text": self.config.budget,
+                "unit": self.budget.metric,
+                "limit": self.limit,
+                "achieved": achieved,
+                "within": within,
+                "basis": "counted",
+            },
+            "dense": {**dataclasses.asdict(full), "metric": metric["dense"]},
+            "sliced": {
+                **dataclasses.asdict(counts),
+                "metric": metric["sliced"],
+                "volume_regular": regular.volume,
+                "flops_regular": regular.flops,
+            },
+            "parity": {"masked_vs_sliced": self.parity, "sliced_vs_onnx": None},
+            "latency": [],
+            "layers": [
+                {
+                    "name": layer.name,
+                    "kind": layer.kind,
+                    "width": layer.out_channels,
+                    "kept": after[layer.name].out_channels,
+                    "area": layer.area,
+                }
+                for layer in layers(dense)
+                if layer.area
+            ],
+            "end_of_pruning": {**self.end, "forced": forced},
+            "batchnorm_reestimated": self.reestimated,
+            "max_drop": self.config.max_drop,
+            "input": {
+                "shape": list(self.data.input_shape),
+                "mean": list(self.data.mean),
+                "std": list(self.data.std),
+                "classes": list(self.data.classes),
+            },
+            "versions": versions(),
+        }
+        write_json(self.out / "result.json", result)
+        return result
+
+    def evaluate(self, network: nn.Module, split: str) -> float:
+        """Return the task's metric of a network on a split."""
+        train = self.config.train
+        part: Split = getattr(self.data, split)
+        return evaluate(network, part, self.task, batch=train.batch, device=train.device, precision=train.precision)
+
+    def _train(
+        self, network: nn.Module, phase: Phase, *, teacher: nn.Module | None = None, pruner: BAR | None = None
+    ) -> None:
+        train(
+            network,
+            self.data,
+            self.task,
+            self.config.train,
+            phase,
+            seed=self.config.seed,
+            teacher=teacher,
+            distill=self.config.distill,
+            pruner=pruner,
+            journal=self.journal,
+            progress=self.progress,
+        )
+
+    def _images(self) -> Tensor:
+        return sample_images(self.data)
+
+
+def _prepare_folder(out: Path, toml: str, resume: bool) -> None:
+    """Make the RUN folder; refuses to overwrite another run, and to resume one with other options."""
+    file = out / "config.toml"
+    if file.is_file():
+        if not resume:
+            raise InputError(
+                "a folder without a run in it",
+                got=f"{out.name}, which holds one",
+                consequence="nothing was started, the earlier run is intact",
+                remedy="choose another --out, or go on with --resume",
+            )
+        if file.read_text(encoding="utf-8") != toml:
+            raise InputError(
+                "the options of the run that was stopped",
+                got=f"options that differ from {out.name}/config.toml",
+                consequence="nothing was started, the earlier run is intact",
+                remedy=f"give the same options, or --config {out.name}/config.toml",
+            )
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        temporary = out / ".config.toml.tmp"
+        temporary.write_text(toml, encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        raise InputError(
+            "a folder that can be written", got=f"{out.name}: {error.strerror}", remedy="choose another --out"
+        ) from error
+
+
+def masked_parity(folded: Network, plan: ChannelPlan, sliced: Network, images: Tensor) -> float:
+    """Return the difference between the masked and the sliced network on real images, in float64."""
+    double = images.double().cpu()
+    masked = masked_outputs(copy.deepcopy(folded).cpu().double(), plan, double)
+    with torch.no_grad():
+        return relative_difference(masked, copy.deepcopy(sliced).cpu().double().eval()(double))
+
+
+def sample_images(data: DataSource, number: int = PARITY_IMAGES) -> Tensor:
+    """Return the first held-out images, normalised, (number, C, H, W)."""
+    images, _ = next(iter(data.held_out.batches(number, train=False, seed=0, epoch=0, device="cpu", augment="none")))
+    return images
+
+
+def read_network(
+    model: str, model_args: tuple[str, ...] = (), input_shape: tuple[int, ...] = (3, 32, 32), classes: int = 10
+) -> Network:
+    """Return the network that a model SPEC names: a folder that bar-edge wrote, or something to trace."""
+    folder = Path(model)
+    for candidate in (folder, folder / "network"):
+        if is_network_folder(candidate):
+            network = Network.load(candidate)
+            if network.input_shapes != (tuple(input_shape),):
+                raise InputError(
+                    f"inputs of shape {'x'.join(map(str, network.input_shapes[0]))}, for which {folder.name} was traced",
+                    got="x".join(map(str, input_shape)),
+                    remedy="use data of that shape",
+                )
+            return network
+    return trace_module(build_module(model, model_args, input_shape, classes), input_shape)
+
+
+def build_module(model: str, model_args: tuple[str, ...], input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Return the user's or the zoo's module for a SPEC."""
+    channels, height, width = input_shape
+    return build(model, input_shape=(channels, height, width), classes=classes, model_args=model_args)
+
+
+def trace_module(module: nn.Module, input_shape: tuple[int, ...]) -> Network:
+    """Trace a module for inputs (N, *input_shape); a wrong channel count is named."""
+    try:
+        return trace(module, torch.zeros(2, *input_shape))
+    except InputError as error:
+        first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+        if first is not None and first.in_channels != input_shape[0]:
+            raise InputError(
+                f"images of {first.in_channels} channels, as the model's first convolution reads",
+                got=f"images of shape {'x'.join(map(str, input_shape))}",
+                consequence="nothing was started",
+                remedy="use other data, or a model for this number of channels",
+            ) from error
+        raise
+
+
+def with_weights(model: str, model_args: tuple[str, ...], data: DataSource, weights: Path) -> Network:
+    """Return the traced model with weights from a file, or the network of a folder that bar-edge wrote."""
+    for candidate in (weights, weights / "dense"):
+        if is_network_folder(candidate):
+            return Network.load(candidate)
+    module = build_module(model, model_args, data.input_shape, len(data.classes))
+    load_weights(module, weights)
+    return trace_module(module, data.input_shape)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a result depends on."""
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    for package in ("bar-edge", "torch", "onnx", "onnxruntime", "onnxsim", "lightning-fabric", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
