@@ -40,6 +40,8 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     #: auto (what suits the data set), or a comma list out of crop, flip; none
     augment: str = "auto"
+    #: side in pixels to which images are resized and cropped, 0 for their own (224 where they differ)
+    image_size: int = 0
     #: processes that decode images, for folders too big for memory
     workers: int = 2
     #: cpu, cuda, or auto

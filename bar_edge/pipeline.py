@@ -30,6 +30,7 @@ from bar_edge.run import (
     Run,
     build_module,
     masked_parity,
+    read_data,
     read_network,
     sample_images,
     trace_module,
@@ -179,7 +180,7 @@ def export_run(
         plan=ChannelPlan.from_json(read_json(run / "plan.json")),
         lowering=form,
     )
-    images = sample_images(load_data(data or config.data, seed=config.seed), PARITY_IMAGES)
+    images = sample_images(read_data(dataclasses.replace(config, data=data or config.data)), PARITY_IMAGES)
     if with_preprocessing:
         mean, std = (torch.tensor(result["input"][key])[:, None, None] for key in ("mean", "std"))
         images = ((images * std + mean) * 255).round().to(torch.uint8)

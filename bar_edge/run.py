@@ -38,7 +38,7 @@ class Run:
     def __init__(self, config: RunConfig, out: Path, resume: bool, progress: Progress) -> None:
         self.config, self.out, self.progress = config, out, progress
         self.task: Task = load_task(config.task)
-        self.data: DataSource = load_data(config.data, seed=config.seed, workers=config.train.workers)
+        self.data: DataSource = read_data(config)
         torch.manual_seed(config.seed)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
@@ -257,6 +257,12 @@ def masked_parity(folded: Network, plan: ChannelPlan, sliced: Network, images: T
     masked = masked_outputs(copy.deepcopy(folded).cpu().double(), plan, double)
     with torch.no_grad():
         return relative_difference(masked, copy.deepcopy(sliced).cpu().double().eval()(double))
+
+
+def read_data(config: RunConfig) -> DataSource:
+    """Load the data of a run's configuration."""
+    train = config.train
+    return load_data(config.data, seed=config.seed, workers=train.workers, size=train.image_size or None)
 
 
 def sample_images(data: DataSource, number: int = PARITY_IMAGES) -> Tensor:

@@ -39,8 +39,16 @@ class Masked:
     def __mul__(self, other: Any) -> Any:
         return torch.mul(self, other)
 
-    def mean(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.mean(self, *args, **kwargs)
+    def __getitem__(self, index: Any) -> Any:
+        return Tensor.__getitem__(self, index)  # type: ignore[arg-type]
+
+    def size(self, axis: int) -> int:
+        return self.value.shape[axis]
+
+    def __getattr__(self, name: str) -> Any:
+        """x.mean(...), x.relu(): the function of torch of that name."""
+        function = getattr(torch, name)
+        return lambda *args, **kwargs: function(self, *args, **kwargs)
 
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], _types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -49,6 +57,8 @@ class Masked:
         plain = [_plain(a) for a in args]
         named = {name: _plain(a) for name, a in (kwargs or {}).items()}
         value = func(*plain, **named)
+        if isinstance(value, tuple | list):
+            return tuple(Masked(v, _full(given, v, args), given[0].kept) for v in value)
         mask = MEANINGS.get(func.__name__, _full)(given, value, args)
         return Masked(value, mask, given[0].kept)
 
@@ -125,10 +135,11 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Give gammas, betas, biases and running statistics values that no shortcut survives; returns the module.
+def randomise(module: nn.Module, seed: int = 0, removed: float = 0.0) -> nn.Module:
+    """Give weights, gammas, betas, biases and running statistics values that hide nothing; returns the module.
 
-    gammas of both signs near 1, so that deep networks neither explode nor vanish.
+    Without it a mean of 0 and a beta of 0 make a forgotten constant invisible. Filters are as large as
+    a network needs that keeps its signal when a share of the channels is removed.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -143,9 +154,17 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
                 sign = (uniform(part.weight, 0, 1) > 0.3).to(part.weight) * 2 - 1
                 part.weight.copy_(uniform(part.weight, 0.4, 1.2) * sign)
                 part.bias.copy_(uniform(part.bias, -0.6, 0.6))
-        elif isinstance(part, nn.Conv2d | nn.Linear) and part.bias is not None:
-            part.bias.copy_(uniform(part.bias, -0.5, 0.5))
+        elif isinstance(part, nn.Conv1d | nn.Conv2d | nn.Linear):
+            fan_in = part.weight[0].numel() * (1 - removed)
+            part.weight.copy_(uniform(part.weight, -1, 1) * (6 / max(1.0, fan_in)) ** 0.5)
+            if part.bias is not None:
+                part.bias.copy_(uniform(part.bias, -0.5, 0.5))
     return module
+
+
+def visible(answers: Tensor) -> bool:
+    """Tell whether the answers depend on the images: a parity of constants would see nothing."""
+    return bool((answers - answers[:1]).abs().max() > 0.05 * answers.abs().max())
 
 
 def convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 import bar_edge.export
 from bar_edge.errors import BarEdgeError, InputError
 from bar_edge.export.lowering import lower
-from bar_edge.export.onnx import IR_VERSION, OPSETS, Preprocessing, cpu_session, export_onnx, parity_onnx
+from bar_edge.export.onnx import IR_VERSION, OPSETS, Preprocessing, _clean, export_onnx, parity_onnx
+from bar_edge.export.parity import cpu_session
 from bar_edge.models import build
 from bar_edge.network import prunable, trace
 from bar_edge.records import ChannelPlan
@@ -161,6 +162,19 @@ def test_no_trace_of_this_machine_in_the_file(small_file: Path) -> None:
         assert word.encode() not in content, word
     model = onnx.load(small_file)
     assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+
+
+def test_cleaning_reaches_every_level(small_file: Path) -> None:
+    model = onnx.load(small_file)
+    wanted = model.SerializeToString(deterministic=True)
+    graph = model.graph
+    for message in (model, graph, graph.node[0], graph.input[0], graph.initializer[0], graph.node[0].attribute[0]):
+        message.doc_string = "/home/user/model.py"
+    for message in (model, graph, graph.node[-1], graph.output[0], graph.initializer[-1]):
+        message.metadata_props.add(key="stack_trace", value="/home/user/model.py, line 3")
+    model.producer_version = "2.13.0+local"
+    _clean(model, {"plan": "abc", "budget": "4x", "input_layout": "NCHW"})
+    assert model.SerializeToString(deterministic=True) == wanted
 
 
 def test_preprocessing_goes_into_the_graph(small: nn.Module, tmp_path: Path) -> None:

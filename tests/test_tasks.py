@@ -120,4 +120,3 @@ def test_load_task(tmp_path, monkeypatch):
         load_task("detection")
     with pytest.raises(InputError):
         load_task("no_such_module_of_test:Task")
-

@@ -188,6 +188,23 @@ def test_a_run_repeats_and_its_seed_matters(tmp_path, whole):
     assert not torch.equal(other[0].weight, again[0].weight)
 
 
+def test_every_epoch_of_every_phase_draws_its_own_order(tmp_path):
+    data, drawn = source(), []
+
+    class Watched:
+        def n_batches(self, *args, **options):
+            return data.fit.n_batches(*args, **options)
+
+        def batches(self, batch, **options):
+            drawn.append((options["seed"], options["epoch"]))
+            assert options["train"] and options["augment"] == "auto"
+            return data.fit.batches(batch, **options)
+
+    road(tmp_path, data=dataclasses.replace(data, fit=Watched()))
+    assert [epoch for _, epoch in drawn] == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert len(set(drawn)) == 8
+
+
 @pytest.mark.parametrize("at", [("dense", 1), ("dense", 3), ("prune", 1), ("prune", 2), ("tune", 1), ("tune", 2)])
 def test_resume_at_every_kind_of_boundary(tmp_path, whole, at):
     with pytest.raises(Stop):

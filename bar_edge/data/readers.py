@@ -15,7 +15,7 @@ from bar_edge.data.cifar_python import read_cifar
 from bar_edge.data.images import EncodedImages, FileImages, Images, UserImages
 from bar_edge.data.source import stratified
 from bar_edge.errors import EnvironmentLacks, InputError
-from bar_edge.models.user_code import call
+from bar_edge.user_code import call
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _TEST_NAMES = ("test", "val", "validation", "valid")

@@ -187,7 +187,7 @@ def _convert(network: nn.Module, examples: tuple[Tensor, ...], opset: int) -> on
 
 def _clean(model: onnx.ModelProto, metadata: Mapping[str, str]) -> None:
     """Leave only what computes, and `metadata`: stack traces name the machine and differ from run to run."""
-    _strip(model)
+    _strip(model)  # onnxsim 0.8 drops them too; the promise must not hang on its version
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "bar-edge", ""
     onnx.helper.set_model_props(model, dict(sorted(metadata.items())))

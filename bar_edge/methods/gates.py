@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import operator
 
 import torch
@@ -99,7 +100,9 @@ class Gates(nn.Module):
         return hard_concrete.deterministic(self.log_alpha.detach(), self.decision)
 
     def _noise(self) -> Tensor:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.step) * 1009 + self.passes)
+        # hashed, because torch's CPU generator uses the low 32 bits of a seed only
+        key = hashlib.blake2b(f"{self.seed}/{self.step}/{self.passes}".encode(), digest_size=4).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
         self.passes += 1
         return torch.rand(len(self.log_alpha), generator=generator).to(self.log_alpha.device)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bar_edge.errors import EnvironmentLacks, InputError
 from bar_edge.models.mobilenet import mobilenetv2
 from bar_edge.models.resnet import cifar_resnet, resnet18, resnet50
-from bar_edge.models.user_code import call
+from bar_edge.user_code import call
 from bar_edge.models.vgg import vgg16
 from bar_edge.models.wide_resnet import wide_resnet
 

@@ -17,7 +17,7 @@ from bar_edge.report import plots
 from bar_edge.report.run_files import RunFiles, read_run
 
 _COSTS = {"volume": "activation volume", "flops": "FLOPs", "params": "parameters"}
-_UNITS = {"volume": "activations", "act": "activations", "flops": "FLOPs", "params": "parameters"}
+_UNITS = {"volume": "activations", "flops": "FLOPs", "params": "parameters"}
 _PERCENTILES = (50, 90, 99)
 
 

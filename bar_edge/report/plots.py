@@ -67,7 +67,7 @@ def metric_curve(metrics: Sequence[Mapping[str, Any]], name: str) -> str | None:
     axes.plot([x for x, _ in points], [m["metric"] for _, m in points], color=ONE, marker=".", linewidth=1.4)
     spans: dict[str, tuple[float, float]] = {}
     for x, m in _with_steps(metrics):
-        first, _ = spans.get(str(m.get("phase")), (x, x))
+        first, _ = spans.get(str(m.get("phase")), (x - float(m.get("step") or 0), x))
         spans[str(m.get("phase"))] = (first, x)
     for place, (phase, (first, last)) in enumerate(spans.items()):
         if place:
@@ -100,14 +100,14 @@ def widths(layers: Sequence[Mapping[str, Any]]) -> str | None:
 
 @matplotlib.rc_context(_STYLE)
 def histogram(samples_ms: Sequence[float]) -> str:
-    """Draw the latency's distribution, its slowest hundredth left out of the picture."""
+    """Draw the latency's distribution up to thrice its median; how many runs were slower is said below it."""
     figure, axes = _figure(2.4)
     ordered = sorted(samples_ms)
-    span = (ordered[0], ordered[int((len(ordered) - 1) * 0.99)])
-    if span[0] == span[1]:
-        span = (span[0] * 0.95, span[1] * 1.05 + 1e-6)
-    axes.hist(samples_ms, bins=40, range=span, color=ONE)
-    axes.set(xlabel="latency, ms (the slowest hundredth left out)", ylabel="inferences")
+    highest = 3 * ordered[len(ordered) // 2]
+    shown = [ms for ms in ordered if ms <= highest]
+    slower = len(ordered) - len(shown)
+    axes.hist(shown, bins=40, color=ONE)
+    axes.set(xlabel=f"latency, ms ({slower:,} slower runs not drawn)" if slower else "latency, ms", ylabel="inferences")
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     return _svg(figure, f"Histogram of {len(samples_ms)} latencies in ms")
 

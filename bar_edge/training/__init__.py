@@ -2,9 +2,10 @@
 
 from bar_edge.training.hardware import choose_device, choose_precision
 from bar_edge.training.journal import Journal, Record
-from bar_edge.training.loop import Pruner, evaluate, train
+from bar_edge.training.loop import evaluate, train
 from bar_edge.training.optimizers import Phase
 from bar_edge.training.progress import NoProgress, Progress
+from bar_edge.training.pruner import Pruner
 from bar_edge.training.tasks import TASKS, Distills, Task, load_task
 
 __all__ = [

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric, seed_everything
@@ -20,38 +19,11 @@ from bar_edge.training.hardware import choose_device, choose_precision, make_fab
 from bar_edge.training.journal import Journal, Record
 from bar_edge.training.optimizers import MovingAverage, Phase, learning_rate, make_optimizer
 from bar_edge.training.progress import NoProgress, Progress
+from bar_edge.training.pruner import Pruner
 from bar_edge.training.tasks import Distills, Task
 
 #: steps from one line of metrics.jsonl to the next; only there does the host wait for the device
 LOG_STRIDE = 20
-
-
-class Pruner(Protocol):
-    """What a method such as `BAR` adds to the training of its gated network."""
-
-    def weights(self) -> list[nn.Parameter]:
-        """Return what the optimiser of the weights trains."""
-        ...
-
-    def loss(self, data_loss: Tensor, inputs: Tensor, outputs: Any, /) -> Tensor:
-        """Return the training loss: data term, distillation, penalty."""
-        ...
-
-    def step(self) -> None:
-        """Do what follows each step of the weights."""
-        ...
-
-    def stats(self) -> Mapping[str, float]:
-        """Return volume, budget, barrier, sparsity, open and flips of the last step."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs, tensors and numbers only."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Go on from a state."""
-        ...
 
 
 def evaluate(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bar_edge.errors import InputError
 from bar_edge.methods.distillation import soft_cross_entropy
-from bar_edge.models.user_code import load_attribute
+from bar_edge.user_code import load_attribute
 
 #: pixels with this label count nowhere (the convention of Pascal VOC and Cityscapes)
 UNLABELLED = 255

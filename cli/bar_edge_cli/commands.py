@@ -151,7 +151,8 @@ def prune(
     from bar_edge_cli.progress import Terminal
 
     with Terminal() as progress:
-        return pipeline.prune(resolved, out, resume=resume, progress=progress)
+        result = pipeline.prune(resolved, out, resume=resume, progress=progress)
+    return {**result, "report": str(out / "report.html")}
 
 
 @app.command("slice")

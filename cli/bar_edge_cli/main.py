@@ -33,7 +33,9 @@ def main(argv: Sequence[str]) -> int:
     with _own_stdout(as_json) as out:
         try:
             answer = typer.main.get_command(app)(list(argv), prog_name="bar-edge", standalone_mode=False)
-            if not isinstance(answer, dict):  # an exit code: 0 after --help, 130 where typer caught the interrupt
+            if answer == INTERRUPTED:  # typer caught it
+                raise KeyboardInterrupt
+            if not isinstance(answer, dict):  # after --help
                 return int(answer or 0)
             if as_json:
                 _write(answer, out)
@@ -90,8 +92,8 @@ def _own_stdout(wanted: bool) -> Iterator[TextIO]:
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
         os.dup2(2, 1)
         try:
-            yield out
+            with contextlib.redirect_stdout(sys.stderr):
+                yield out
         finally:
-            sys.stdout.flush()
             out.flush()
             os.dup2(out.fileno(), 1)

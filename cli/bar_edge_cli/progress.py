@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,8 @@ class Terminal:
         self._epochs = 0
 
     def __enter__(self) -> Terminal:
+        # Fabric tells its precision again at every setup
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
         self._live.start()
         return self
 

@@ -8,22 +8,43 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-_UNITS = {"volume": "activations", "flops": "FLOPs", "params": "parameters", "ms": "ms"}
+_UNITS = {"volume": "activations", "flops": "FLOPs", "params": "parameters"}
 _COSTS = {"volume": "activation volume", "flops": "FLOPs", "params": "parameters"}
 
 
 def show(answer: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print a command's answer on stdout: a run's result as dense against sliced, anything else as it is."""
-    console = console or Console(highlight=False)
-    # deploy's answer holds a run's result as one part of several
-    for name, part in ({"": answer} if "sliced" in answer else answer).items():
-        if isinstance(part, Mapping) and "sliced" in part:
+    """Print a command's answer on stdout: tables for a run's result and for layers, anything else as it is."""
+    if console is None:
+        console = Console(highlight=False)
+        # a file or a pipe has no width: nothing is cut there
+        console.width = console.width if console.is_terminal else max(console.width, 160)
+    parts = {"": answer} if "method" in answer else answer  # deploy's answer holds a run's result among other parts
+    for name, part in parts.items():
+        if isinstance(part, Mapping) and "method" in part:
             _show_result(part, console)
+        elif name == "layers":
+            _show_layers(part, console)
         else:
             _show_part(name, part, console)
     verdict = answer.get("verdict")
     if verdict is not None:
         console.print("[green]verdict: yes[/]" if verdict else "[red]verdict: no[/]")
+
+
+def _show_layers(layers: Sequence[Mapping[str, Any]], console: Console) -> None:
+    table = Table(title="convolutions")
+    for heading in ("name", "channels", "map", "volume", "FLOPs", "parameters", "prunable"):
+        table.add_column(heading, justify="left" if heading in ("name", "prunable") else "right", overflow="fold")
+    convolutions = [layer for layer in layers if layer["area"]]
+    for layer in convolutions:
+        table.add_row(
+            layer["name"],
+            f"{layer['in_channels']} to {layer['out_channels']}",
+            *(number(layer[key]) for key in ("area", "volume", "flops", "params")),
+            "yes" if layer["gated"] else f"no: {layer['reason']}",
+        )
+    console.print(table)
+    console.print(f"and {len(layers) - len(convolutions)} other layers, which are not pruned by themselves")
 
 
 def _show_result(result: Mapping[str, Any], console: Console) -> None:
@@ -47,6 +68,8 @@ def _show_result(result: Mapping[str, Any], console: Console) -> None:
     parity = {k: v for k, v in (result.get("parity") or {}).items() if v is not None}
     if parity:
         console.print("parity: " + ", ".join(f"{k.replace('_', ' ')} {v:.1e}" for k, v in parity.items()))
+    if result.get("report"):
+        console.print(f"report: {result['report']}", markup=False, soft_wrap=True)
 
 
 def budget_line(budget: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
@@ -55,13 +78,9 @@ def budget_line(budget: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
     budget: of result.json; dense: the dense network's costs, for the factors.
     """
     key = str(budget["unit"])
-    cost = next((k for k in _COSTS if key in (k, _UNITS[k])), "")
-    unit = _UNITS.get(key, key)
-    line = f"budget {budget['text']} = at most {number(budget['limit'])} {unit}"
+    line = f"budget {budget['text']} = at most {number(budget['limit'])} {_UNITS.get(key, key)}"
     if budget.get("achieved") is not None:
-        line += f", achieved {number(budget['achieved'])}"
-        if cost:
-            line += f" ({_factor(dense[cost], budget['achieved'])})"
+        line += f", achieved {number(budget['achieved'])} ({_factor(dense.get(key), budget['achieved'])})"
     if budget.get("within") is not None:
         line += ": met" if budget["within"] else ": missed"
     return line
@@ -83,7 +102,7 @@ def _factor(before: float | None, after: float | None) -> str:
 
 
 def _show_part(name: str, part: object, console: Console) -> None:
-    if name == "verdict" or part is None:
+    if name.strip() in ("verdict", "schema") or part is None or part == []:
         return
     if isinstance(part, Mapping):
         if name:
