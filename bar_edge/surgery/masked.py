@@ -43,7 +43,7 @@ def masked_outputs(network: Network, plan: ChannelPlan, *inputs: Tensor) -> Any:
 
 def relative_difference(a: Any, b: Any) -> float:
     """Return max |a - b| / max |a| over all tensors of two equal structures of outputs."""
-    firsts, seconds = (torch.utils._pytree.tree_leaves(x) for x in (a, b))
+    firsts, seconds = ([t.detach() for t in torch.utils._pytree.tree_leaves(x)] for x in (a, b))
     scale = max(float(x.abs().max()) for x in firsts)
     difference = max(float((x - y).abs().max()) for x, y in zip(firsts, seconds, strict=True))
     return difference / scale if scale else difference
