@@ -79,9 +79,9 @@ def inspect_model(
     layout, full, found = GateLayout(network), count(network), layers(network)
     costs = {}
     for metric in ("volume", "flops", "params"):
-        total = full.of(metric)  # type: ignore[arg-type]
+        total = full.of(metric)
         own = sum(getattr(layer, metric) for layer in found if layer.gated)
-        least = smallest_cost(layout, metric)  # type: ignore[arg-type]
+        least = smallest_cost(layout, metric)
         costs[metric] = {"full": total, "prunable_share": own / total if total else 0.0, "smallest": least}
     answer: dict[str, Any] = {
         "model": model,
@@ -100,14 +100,11 @@ def describe_budget(layout: GateLayout, budget: Budget) -> dict[str, Any]:
     """Return a budget in all units, with what a uniform scaling of all widths would cost."""
     full, limit = count(layout.network), budget_limit(layout, budget)
     factor = full.of(budget.metric) / limit
-    expected = {"volume": factor, "flops": factor**2 if budget.metric == "volume" else factor}
-    return {
-        "text": budget.text,
-        "unit": budget.metric,
-        "limit": limit,
-        "factor": factor,
-        "words": f"{factor:.4g}x {budget.metric} = {limit:,.0f}, expect about {expected['flops']:.3g}x FLOPs if all widths shrink alike",
-    }
+    flops = factor**2 if budget.metric == "volume" else factor
+    words = f"{factor:.4g}x {budget.metric} = {limit:,.0f}"
+    if budget.metric == "volume":
+        words += f", expect about {flops:.3g}x FLOPs if all widths shrink alike"
+    return {"text": budget.text, "unit": budget.metric, "limit": limit, "factor": factor, "words": words}
 
 
 def slice_model(

@@ -281,7 +281,7 @@ def read_network(
             network = Network.load(candidate)
             if network.input_shapes != (tuple(input_shape),):
                 raise InputError(
-                    f"inputs of shape {'x'.join(map(str, network.input_shapes[0]))}, for which {folder.name} was traced",
+                    f"inputs of shape {'x'.join(map(str, network.input_shapes[0]))}, as {folder.name} was traced",
                     got="x".join(map(str, input_shape)),
                     remedy="use data of that shape",
                 )

@@ -6,7 +6,8 @@
 
 Arms: dense (dense epochs only; it is everybody's teacher), bar, random (random masks on the dense weights,
 then as many epochs), uniform (all widths divided by the factor, from scratch: dense epochs alone, the rest
-with the teacher). An interrupted arm goes on. The table tests BAR minus each baseline by a paired bootstrap over the test images.
+with the teacher). An interrupted arm goes on. The table tests BAR minus each baseline by a paired bootstrap
+over the test images.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def table(kept: Path, data: DataSource) -> dict[str, Any]:
         right = correct(Network.load(folder / "network"), data)
         arms.setdefault(f"{model}_{arm}", {})[int(seed.removeprefix("s"))] = right
         counts = {name: result["sliced"][name] for name in ("volume", "flops", "params")}
-        rows.append({"run": folder.name, "accuracy": float(right.mean()), **counts, "forced": result["end_of_pruning"]["forced"]})
+        forced = result["end_of_pruning"]["forced"]
+        rows.append({"run": folder.name, "accuracy": float(right.mean()), **counts, "forced": forced})
     differences = []
     for name, ours in arms.items():
         model, _, arm = name.rpartition("_")

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bar_edge_calibration import reestimate_batchnorm
 
 from bar_edge.config import BarConfig, TrainConfig
 from bar_edge.data import DataSource, load_data
@@ -32,6 +31,7 @@ from bar_edge.records import write_json
 from bar_edge.run import versions
 from bar_edge.surgery import slice_network
 from bar_edge.training import evaluate, load_task, train
+from bar_edge_calibration import reestimate_batchnorm
 
 TASK = load_task("classification")
 BATCH = 64
@@ -86,7 +86,8 @@ def run(dense: Network, data: DataSource, budget: str, steps: int, seed: int) ->
     drop = max((a - b) / full for a, b in zip(volumes, volumes[window:], strict=False))
     pruner.network.eval()
     reestimate_batchnorm(
-        pruner.network, (x for x, _ in data.fit.batches(BATCH, train=True, seed=0, epoch=0, device="cpu", augment="none"))
+        pruner.network,
+        (x for x, _ in data.fit.batches(BATCH, train=True, seed=0, epoch=0, device="cpu", augment="none")),
     )
     gated = accuracy(pruner.network, data)
     folded, plan, end = pruner.finish()
@@ -184,7 +185,8 @@ def main() -> None:
 
 
 def _line(values: dict[str, Any]) -> str:
-    return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items() if k != "trajectory")
+    shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items() if k != "trajectory"}
+    return " ".join(f"{k}={v}" for k, v in shown.items())
 
 
 if __name__ == "__main__":

@@ -97,7 +97,8 @@ def main() -> None:
     found: dict[str, Any] = {"batch": BATCH, "threads": 1, "precision": "bf16 autocast", "versions": versions()}
     for model in ("resnet20", "wrn-16-2"):
         plain, gated = peak_mb(model, False), peak_mb(model, True)
-        found[model] = times(model, options.rounds) | {"plain_mb": plain, "gated_mb": gated, "memory_ratio": gated / plain}
+        memory = {"plain_mb": plain, "gated_mb": gated, "memory_ratio": gated / plain}
+        found[model] = times(model, options.rounds) | memory
         print(model, json.dumps(found[model]), flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.out, found)

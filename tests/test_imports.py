@@ -23,6 +23,7 @@ WITHIN_LAYER = {
     ("bar_edge.records", "bar_edge.errors"),
     ("bar_edge.config", "bar_edge.errors"),
     ("bar_edge.user_code", "bar_edge.errors"),
+    ("bar_edge.user_code", "bar_edge.errors"),
     ("bar_edge.methods", "bar_edge.surgery"),  # `BAR.slice()`, the last of the five lines in a user's loop
     ("bar_edge.pipeline", "bar_edge.run"),
     ("bar_edge.pipeline", "bar_edge.report"),

@@ -118,7 +118,7 @@ def test_page_says_what_the_files_say(run):
         "sliced vs onnx not compared",
         "✗ removed whole: layer1.0 , layer2.0.conv2",
         "Some CPU",
-        "median 0.224 ms",
+        "median 0.225 ms",
         "99th percentile too few runs",
         "2.50x (2.40 to 2.60)",
         "torch 2.13.0",

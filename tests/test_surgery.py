@@ -230,17 +230,21 @@ MADE = {
 
 @pytest.mark.parametrize("name", MADE)
 def test_masked_equals_sliced_beyond_the_zoo(name: str) -> None:
-    module = randomise(MADE[name].double().eval(), removed=0.5)
+    module = MADE[name].double().eval()
     images = contrasting(4, 3, 8, 8)
     network = trace(module, images)
     gated = GateLayout(network).offsets
     for removed, dead in [(0.25, ""), (0.5, ""), (0.75, ""), (0.5, "a"), (0.5, "b")]:
         kept = random_kept(module, removed, seed=11, dead=[dead] if dead in gated else [])
         kept = {layer: ids for layer, ids in kept.items() if layer in gated}
+        for seed in range(20):
+            renew(module, network, 0.5, seed)
+            expected = masked_answer(module, kept, images, without_rule=["n"] if name == "norm called twice" else [])
+            if visible(expected):
+                break
+        assert dead or visible(expected)
         plan = plan_for(network, kept)
         sliced = slice_network(network, plan)
-        expected = masked_answer(module, kept, images, without_rule=["n"] if name == "norm called twice" else [])
-        assert dead or visible(expected)
         assert difference(expected, sliced(images)) < FLOAT64
         assert count(network, plan) == count(sliced)
         assert relative_difference(masked_outputs(network, plan, images), sliced(images)) < FLOAT64

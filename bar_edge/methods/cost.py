@@ -17,6 +17,14 @@ from bar_edge.records import Metric
 class GateCost(nn.Module):
     """The cost of one metric in its own unit; gates are independent, dead layers are not yet removed."""
 
+    always: Tensor
+    single_gate: Tensor
+    single_row: Tensor
+    slot_gate: Tensor
+    slot: Tensor
+    slot_row: Tensor
+    n_in: Tensor
+    n_out: Tensor
     out_rate: Tensor
     pair_rate: Tensor
 
@@ -57,7 +65,7 @@ class GateCost(nn.Module):
         def join(parts: list[Tensor]) -> Tensor:
             return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
-        n_in, n_out, out_rates, pair_rates = zip(*rows, strict=True)
+        rows_in, rows_out, out_rates, pair_rates = zip(*rows, strict=True)
         for name, value in {
             "always": always.double(),
             "single_gate": join(single_gate),
@@ -65,8 +73,8 @@ class GateCost(nn.Module):
             "slot_gate": join(slot_gate),
             "slot": join(slot),
             "slot_row": join(slot_row),
-            "n_in": torch.tensor(n_in),
-            "n_out": torch.tensor(n_out),
+            "n_in": torch.tensor(rows_in),
+            "n_out": torch.tensor(rows_out),
             "out_rate": torch.tensor(out_rates, dtype=torch.float64),
             "pair_rate": torch.tensor(pair_rates, dtype=torch.float64),
         }.items():
@@ -77,12 +85,12 @@ class GateCost(nn.Module):
     def expected(self, probability: Tensor) -> Tensor:
         """Return the expected cost, differentiable in the gates' probabilities (gates,) of being open."""
         p = probability.double()
-        alive = self.always.index_add(0, self.single_row, p[self.single_gate])  # type: ignore[operator]
+        alive = self.always.index_add(0, self.single_row, p[self.single_gate])
         if self.slots:
-            closed = p.new_zeros(self.slots).index_add(0, self.slot, torch.log1p(-p[self.slot_gate]))  # type: ignore[arg-type, index]
-            alive = alive.index_add(0, self.slot_row, -torch.expm1(closed))  # type: ignore[arg-type]
-        n_out = alive[self.n_out]  # type: ignore[index]
-        return (n_out * (self.out_rate + self.pair_rate * alive[self.n_in])).sum() + self.constant  # type: ignore[index]
+            closed = p.new_zeros(self.slots).index_add(0, self.slot, torch.log1p(-p[self.slot_gate]))
+            alive = alive.index_add(0, self.slot_row, -torch.expm1(closed))
+        n_out = alive[self.n_out]
+        return (n_out * (self.out_rate + self.pair_rate * alive[self.n_in])).sum() + self.constant
 
     @torch.no_grad()
     def hard(self, opened: Tensor) -> float:

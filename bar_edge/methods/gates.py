@@ -56,7 +56,8 @@ class ScaledConv(nn.Module):
         """Return scale * conv(x)."""
         c = self.conv
         weight = c.weight * scale.view(-1, *[1] * (c.weight.ndim - 1))
-        return c._conv_forward(x, weight, None if c.bias is None else c.bias * scale)  # type: ignore[arg-type]
+        out: Tensor = c._conv_forward(x, weight, None if c.bias is None else c.bias * scale)
+        return out
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ def budget_limit(layout: GateLayout, budget: Budget) -> float:
     if limit < least:
         full = full_counts(layout).of(budget.metric)
         raise InputError(
-            f"a budget of at least {least:,} {budget.metric} ({full / least:.4g}x), the cheapest path from input to output",
+            f"a budget of at least {least:,} {budget.metric} ({full / least:.4g}x), the cheapest path's",
             got=f"{budget.text} = {limit:,.0f}",
             consequence="no channel would connect the input with the output; nothing was started",
             remedy=f"give a budget of at least {least}, or a smaller factor",

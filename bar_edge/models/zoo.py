@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from bar_edge.errors import EnvironmentLacks, InputError
 from bar_edge.models.mobilenet import mobilenetv2
 from bar_edge.models.resnet import cifar_resnet, resnet18, resnet50
-from bar_edge.user_code import call
 from bar_edge.models.vgg import vgg16
 from bar_edge.models.wide_resnet import wide_resnet
+from bar_edge.user_code import call
 
 Shape = tuple[int, int, int]
 

@@ -135,7 +135,7 @@ def _mean(network: Network, node: fx.Node, found: Passages) -> Passage | None:
     if not isinstance(source, fx.Node) or not isinstance(dims, list | tuple) or not dims:
         return None
     rank, axis = len(network.shapes[source.name]), found[source].axis
-    gone = {int(d) % rank for d in dims}  # type: ignore[arg-type, call-overload]
+    gone = {int(d) % rank for d in dims}
     if axis in gone or 0 in gone:
         return None
     keepdim = len(network.shapes[node.name]) == rank
@@ -159,7 +159,7 @@ def _flatten(network: Network, node: fx.Node, found: Passages) -> Passage | None
 def _cat(network: Network, node: fx.Node, found: Passages) -> Passage | None:
     parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
     assert isinstance(parts, list | tuple)
-    axis = int(dim) % len(network.shapes[node.name])  # type: ignore[arg-type, call-overload]
+    axis = int(dim) % len(network.shapes[node.name])  # type: ignore[arg-type]
     links, offset = [], 0
     for part in parts:
         assert isinstance(part, fx.Node)
@@ -174,7 +174,7 @@ def _cat(network: Network, node: fx.Node, found: Passages) -> Passage | None:
 def _add(network: Network, node: fx.Node, found: Passages) -> Passage | None:
     a, b = node.args[:2]
     if not isinstance(b, fx.Node):
-        return _same_axis(b == 0)(network, node, found)
+        return _same_axis(bool(b == 0))(network, node, found)
     if not isinstance(a, fx.Node) or node.kwargs or network.shapes[a.name] != network.shapes[b.name]:
         return None
     if found[a].axis != 1 or found[b].axis != 1:
@@ -198,7 +198,7 @@ def _times_number(network: Network, node: fx.Node, found: Passages) -> Passage |
 def _hardtanh(network: Network, node: fx.Node, found: Passages) -> Passage | None:
     low, high = (*node.args[1:], -1, 1)[:2] if len(node.args) < 3 else node.args[1:3]
     holds_zero = (low is None or low <= 0) and (high is None or high >= 0)  # type: ignore[operator]
-    return _same_axis(holds_zero)(network, node, found)
+    return _same_axis(bool(holds_zero))(network, node, found)
 
 
 RULES: dict[object, Rule] = {

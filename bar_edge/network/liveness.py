@@ -28,10 +28,9 @@ def held_channels(network: Network, kept: Mapping[str, Sequence[int]], found: Pa
         mask = torch.zeros(passage.width, dtype=torch.bool)
         if passage.kind in ("source", "opaque"):
             mask[:] = True
-        elif passage.kind == "read":
-            if live[node.all_input_nodes[0]].any():
-                ids = kept.get(str(node.target))
-                mask[:] = True if ids is None else mask.index_fill(0, torch.tensor(ids, dtype=torch.int64), True)
+        elif passage.kind == "read" and live[node.all_input_nodes[0]].any():
+            ids = kept.get(str(node.target))
+            mask[:] = True if ids is None else mask.index_fill(0, torch.tensor(ids, dtype=torch.int64), True)
         for link in passage.links:
             mask[link.outputs] |= live[link.source][link.inputs]
         live[node] = mask

@@ -14,6 +14,9 @@ class MixedAdd(nn.Module):
     In first-write order positions_a is 0..n_a-1: the stream keeps its place, new channels are appended.
     """
 
+    _index_a: Tensor
+    _index_b: Tensor
+
     def __init__(self, width: int, positions_a: tuple[int, ...], positions_b: tuple[int, ...]) -> None:
         super().__init__()
         assert set(positions_a) | set(positions_b) == set(range(width))
@@ -40,6 +43,8 @@ class Expand(nn.Module):
     x: (..., n, ...) along `axis` -> (..., width, ...): what an operator without a channel rule, or the
     user of a network's output, expects.
     """
+
+    _index: Tensor
 
     def __init__(self, axis: int, width: int, positions: tuple[int, ...]) -> None:
         super().__init__()

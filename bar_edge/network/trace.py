@@ -264,9 +264,8 @@ def _layer_norm(builder: _Builder, node: fx.Node) -> Made:
 
 def _dropout(builder: _Builder, node: fx.Node) -> Made:
     stack = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
-    return f"{stack[-1] if stack and stack[-1] else 'functional'}_{node.name}".replace(".", "_"), nn.Dropout(
-        node.args[1]
-    )  # type: ignore[arg-type]
+    owner = stack[-1] if stack and stack[-1] else "functional"
+    return f"{owner}_{node.name}".replace(".", "_"), nn.Dropout(_arguments(node)["p"])
 
 
 MODULE_BUILDERS: dict[object, Callable[[_Builder, fx.Node], Made]] = {

@@ -144,14 +144,15 @@ class _Slicer:
         if torch.equal(order, torch.arange(passage.width)):
             return self.made[node]
         if not len(order):
-            shape = [self._batch_size(), *self.network.shapes[node.name][1:]]
+            shape: list[Any] = [self._batch_size(), *self.network.shapes[node.name][1:]]
             return self.graph.call_function(aten.new_zeros.default, (self._first_input(), shape))
         name = f"expand_{node.name}_{len(self.graph.nodes)}"
         attach(self.root, name, Expand(passage.axis, passage.width, tuple(order.tolist())))
         return self.graph.call_module(name, (self.made[node],))
 
     def _first_input(self) -> fx.Node:
-        return next(node for node in self.graph.nodes if node.op == "placeholder")
+        first: fx.Node = next(node for node in self.graph.nodes if node.op == "placeholder")
+        return first
 
     def _batch_size(self) -> fx.Node:
         return self.graph.call_function(aten.sym_size.int, (self._first_input(), 0))
