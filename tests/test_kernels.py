@@ -55,12 +55,6 @@ def test_against_the_matrix_form(name: str, with_bias: bool) -> None:
     assert torch.equal(stream, before), "the stream is not written to"
 
 
-def test_nothing_written_is_the_stream_itself() -> None:
-    stream = torch.randn(1, 3, 4, 4)
-    weight, none = torch.zeros(0, 2, 3, 3), torch.zeros(0, dtype=torch.int64)
-    assert torch.equal(gather_conv_scatter_add(stream, weight, None, torch.tensor([0, 2]), none, padding=1), stream)
-
-
 def test_gradients() -> None:
     stream = torch.randn(1, 4, 3, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)

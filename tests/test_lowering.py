@@ -64,7 +64,7 @@ MADE = {
     "sigmoid": Net(sigmoid_stream), "joined": Net(joined_streams), "taps": Net(taps), "cat": Net(concatenated, 16),
     "normed": Net(lambda s, x: F.relu(s.n(x + s.a(x))) + s.m(s.b(x)) + x),
 }  # fmt: skip
-ZOO = {"wrn-16-1": 1.0, "resnet20": 0.5, "resnet50": 0.0625, "mobilenetv2": 0.25}
+ZOO = {"wrn-16-1": 1.0, "resnet20": 0.5, "resnet18": 0.0625, "mobilenetv2": 0.25}
 
 
 def sliced_network(name: str, removed: float = 0.5, seed: int = 3) -> tuple[Network, Network, Kept]:
@@ -74,8 +74,9 @@ def sliced_network(name: str, removed: float = 0.5, seed: int = 3) -> tuple[Netw
     else:
         module = build(name, input_shape=(3, 8, 8), classes=4, model_args=(f"width={ZOO[name]}",))
     module = randomise(module.double().eval(), removed=removed)
-    kept = random_kept(module, removed, seed)
     network = trace(module, torch.zeros(1, 3, 8, 8).double())
+    kept = random_kept(module, removed, seed)
+    kept = {name: ids for name, ids in kept.items() if name in dict(network.body.named_modules())}
     return network, slice_network(network, ChannelPlan(network=network.fingerprint, kept=kept)), kept
 
 

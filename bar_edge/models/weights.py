@@ -10,7 +10,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bar_edge.errors import InputError
@@ -53,7 +52,7 @@ def _read(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # torch's restricted unpickler raises whatever a damaged file makes it stumble over
         raise InputError(
             "weights: a safetensors file, or a torch checkpoint of tensors and plain containers",
             got=f"{path.name}: {_reason(error)}",
