@@ -19,7 +19,7 @@ from bar_edge.export.artifact import ArtifactSpec, write_artifact
 from bar_edge.export.lowering import LOWERINGS, lower
 from bar_edge.export.onnx import Preprocessing, parity_onnx
 from bar_edge.export.verify import verify_artifact
-from bar_edge.methods import GateLayout, budget_limit, smallest_cost
+from bar_edge.methods import GateLayout, smallest_cost
 from bar_edge.models import load_weights
 from bar_edge.network import Network, count, is_network_folder, layers
 from bar_edge.records import Budget, ChannelPlan, read_json, write_json
@@ -29,6 +29,7 @@ from bar_edge.run import (
     PARITY_LIMIT,
     Run,
     build_module,
+    describe_budget,
     masked_parity,
     read_data,
     read_network,
@@ -53,6 +54,7 @@ def prune(config: RunConfig, out: Path, *, resume: bool = False, progress: Progr
     if run.finished():
         result: dict[str, Any] = read_json(out / "result.json")
         return result
+    run.progress.note(f"budget {describe_budget(run.layout, run.budget)['words']}")
     dense = run.dense()
     teacher = run.teacher(dense)
     sliced, plan, forced = run.pruned(dense, teacher)
@@ -94,17 +96,6 @@ def inspect_model(
     if budget is not None:
         answer["budget"] = describe_budget(layout, Budget.parse(budget))
     return answer
-
-
-def describe_budget(layout: GateLayout, budget: Budget) -> dict[str, Any]:
-    """Return a budget in all units, with what a uniform scaling of all widths would cost."""
-    full, limit = count(layout.network), budget_limit(layout, budget)
-    factor = full.of(budget.metric) / limit
-    flops = factor**2 if budget.metric == "volume" else factor
-    words = f"{factor:.4g}x {budget.metric} = {limit:,.0f}"
-    if budget.metric == "volume":
-        words += f", expect about {flops:.3g}x FLOPs if all widths shrink alike"
-    return {"text": budget.text, "unit": budget.metric, "limit": limit, "factor": factor, "words": words}
 
 
 def slice_model(

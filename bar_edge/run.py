@@ -159,6 +159,7 @@ class Run:
                 "achieved": achieved,
                 "within": within,
                 "basis": "counted",
+                "words": describe_budget(self.layout, self.budget)["words"],
             },
             "dense": {**dataclasses.asdict(full), "metric": metric["dense"]},
             "sliced": {
@@ -319,6 +320,17 @@ def with_weights(model: str, model_args: tuple[str, ...], data: DataSource, weig
     module = build_module(model, model_args, data.input_shape, len(data.classes))
     load_weights(module, weights)
     return trace_module(module, data.input_shape)
+
+
+def describe_budget(layout: GateLayout, budget: Budget) -> dict[str, Any]:
+    """Return a budget in all units, with what a uniform scaling of all widths would cost."""
+    full, limit = count(layout.network), budget_limit(layout, budget)
+    factor = full.of(budget.metric) / limit
+    flops = factor**2 if budget.metric == "volume" else factor
+    words = f"{factor:.4g}x {budget.metric} = {limit:,.0f}"
+    if budget.metric == "volume":
+        words += f", expect about {flops:.3g}x FLOPs if all widths shrink alike"
+    return {"text": budget.text, "unit": budget.metric, "limit": limit, "factor": factor, "words": words}
 
 
 def versions() -> dict[str, str]:

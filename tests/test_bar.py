@@ -1,6 +1,7 @@
 """BAR in somebody's own loop: five lines, whatever criterion, and a budget that is met."""
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,7 @@ SHAPE = (1, 8, 8)
 
 
 def model() -> nn.Module:
+    """The same weights each time."""
     torch.manual_seed(0)
     return build("wrn-10-1", input_shape=SHAPE, classes=4, model_args=("width=0.5",))
 
@@ -58,8 +60,13 @@ def train(
     return optimizer
 
 
+@functools.cache
+def traced_model() -> Network:
+    return trace(model(), torch.zeros(1, *SHAPE))
+
+
 def pruner_for(module: nn.Module | None = None, budget: str = "4x", steps: int = STEPS, **options: Any) -> BAR:
-    return BAR(module or model(), torch.zeros(1, *SHAPE), budget=budget, steps=steps, **options)
+    return BAR(module or traced_model(), torch.zeros(1, *SHAPE), budget=budget, steps=steps, **options)
 
 
 @pytest.mark.parametrize("budget", ["2x", "8x", "30%", "25%:params", "6x:flops", "2000act"])
@@ -116,7 +123,9 @@ def test_kept_gates_can_be_one() -> None:
     assert all(torch.equal(a, b) for a, b in zip(folded.parameters(), pruner.dense.parameters(), strict=True))
     other = pruner_for()
     train(other, range(3))
-    assert not all(torch.equal(a, b) for a, b in zip(other.finish()[0].parameters(), other.dense.parameters(), strict=True))
+    assert not all(
+        torch.equal(a, b) for a, b in zip(other.finish()[0].parameters(), other.dense.parameters(), strict=True)
+    )
 
 
 def test_a_custom_criterion_and_structured_outputs() -> None:
@@ -182,7 +191,9 @@ def test_the_loss_is_the_papers() -> None:
     loss.backward()
     assert all(p.grad is None for p in teacher.parameters())
     with_alpha_0 = pruner_for(teacher=teacher, distill=DistillConfig(alpha=0.0))
-    assert with_alpha_0.loss(data.detach(), images, outputs).item() == pytest.approx(data.item() + barrier_term, rel=1e-5)
+    assert with_alpha_0.loss(data.detach(), images, outputs).item() == pytest.approx(
+        data.item() + barrier_term, rel=1e-5
+    )
 
 
 def test_a_protected_channel_stays_open_at_any_pressure() -> None:
@@ -340,7 +351,12 @@ def test_what_cannot_be_pruned_is_refused() -> None:
 
 def test_norms_without_affine_are_pruned_too() -> None:
     module = nn.Sequential(
-        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8, affine=False), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 4)
+        nn.Conv2d(1, 8, 3),
+        nn.BatchNorm2d(8, affine=False),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.Flatten(),
+        nn.Linear(128, 4),
     )
     pruner = pruner_for(module, budget="2x")
     train(pruner)

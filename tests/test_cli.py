@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import bar_edge
-from bar_edge.config import RunConfig, to_toml
+from bar_edge.config import PRESETS, RunConfig, to_toml
 from bar_edge.errors import EnvironmentLacks, InputError
 from bar_edge_cli import options, show
 from bar_edge_cli.main import main
@@ -123,7 +123,7 @@ def test_a_resolved_configuration_reads_back(tmp_path):
     assert options.resolve(file, {}) == config
 
 
-@pytest.mark.parametrize("preset", options.PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_valid(preset):
     assert options.resolve(None, {"model": "m", "preset": preset}).preset == preset
 

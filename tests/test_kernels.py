@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from bar_edge_kernels import gather, gather_conv_scatter_add, scatter_add
 from torch import Tensor
+
+from bar_edge_kernels import gather, gather_conv_scatter_add, scatter_add
 
 
 def by_hand(
@@ -47,9 +48,7 @@ def test_against_the_matrix_form(name: str, with_bias: bool) -> None:
     ids_in, ids_out = torch.tensor(index_in), torch.tensor(index_out)
     answer = gather_conv_scatter_add(stream, weight, bias, ids_in, ids_out, padding=k // 2)
     # float64 sums in another order
-    torch.testing.assert_close(
-        answer, by_hand(stream, weight, bias, ids_in, ids_out, k // 2), rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(answer, by_hand(stream, weight, bias, ids_in, ids_out, k // 2), rtol=1e-12, atol=1e-12)
     untouched = [i for i in range(7) if i not in index_out]
     assert torch.equal(answer[:, untouched], before[:, untouched])
     assert torch.equal(stream, before), "the stream is not written to"

@@ -86,7 +86,9 @@ def test_parameters_have_the_users_names() -> None:
 
 
 def test_training_is_the_same_training() -> None:
-    module = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 4), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 3))
+    module = nn.Sequential(
+        conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 4), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 3)
+    )
     randomise(module).train()
     network = trace(module, images())
     for batch in (images(4), images(2)):
@@ -220,14 +222,18 @@ def test_several_inputs_and_structured_outputs(tmp_path: Path) -> None:
 
 OPERATORS: dict[str, Callable[[], nn.Module]] = {
     "transposed": lambda: nn.Sequential(conv(), nn.ConvTranspose2d(4, 6, 2, 2), conv(6, 2)),
-    "computed weight": lambda: Net(lambda s, x: F.conv2d(s.c(x), s.w / s.w.norm()), c=conv(), w=nn.Parameter(torch.randn(5, 4, 3, 3))),
+    "computed weight": lambda: Net(
+        lambda s, x: F.conv2d(s.c(x), s.w / s.w.norm()), c=conv(), w=nn.Parameter(torch.randn(5, 4, 3, 3))
+    ),
     "raw parameter": lambda: Net(lambda s, x: s.c(x) * s.g, c=conv(), g=nn.Parameter(torch.randn(1, 4, 1, 1))),
     "reflect": lambda: nn.Sequential(conv(padding_mode="reflect"), conv(4, 4)),
     "same, even kernel": lambda: nn.Sequential(nn.Conv2d(3, 4, 2, padding="same"), nn.ReLU()),
     "grouped, dilated": lambda: nn.Sequential(conv(3, 8), nn.Conv2d(8, 8, 3, groups=4, dilation=2, padding=2)),
     "prelu, group norm": lambda: nn.Sequential(conv(), nn.PReLU(4), nn.GroupNorm(2, 4)),
     "layer norm": lambda: Net(lambda s, x: s.n(s.c(x).permute(0, 2, 3, 1)), c=conv(), n=nn.LayerNorm(4)),
-    "attention": lambda: Net(lambda s, x: torch.softmax(s.c(x).flatten(2), -1) @ s.c(x).flatten(2).transpose(1, 2), c=conv()),
+    "attention": lambda: Net(
+        lambda s, x: torch.softmax(s.c(x).flatten(2), -1) @ s.d(x).flatten(2).transpose(1, 2), c=conv(), d=conv()
+    ),
     "casts": lambda: Net(lambda s, x: s.c(x).float().to(torch.float32), c=conv()),
     "zeros made inside": lambda: Net(lambda s, x: torch.cat([s.c(x), torch.zeros(x.shape[0], 2, 8, 8)], 1), c=conv()),
     "padded channels": lambda: Net(lambda s, x: F.pad(s.c(x), (0, 0, 0, 0, 1, 3)), c=conv()),
@@ -335,7 +341,7 @@ def test_transposed_convolutions_are_counted() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_saved_and_loaded_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
-    module = randomise(build("mobilenetv2", input_shape=(3, 8, 8), classes=4, model_args=("width=0.125",)).to(dtype).eval())
+    module = randomise(build("wrn-10-1", input_shape=(3, 8, 8), classes=4).to(dtype).eval())
     with torch.no_grad():
         for value in module.parameters():
             value.mul_(1 + 1e-9)  # float64 has digits that float32 lacks
@@ -424,7 +430,8 @@ FOREIGN: dict[str, Callable[[dict[str, Any]], object]] = {
     "no groups": lambda d: d["modules"]["0"].update(groups=0),
     "an impossible addition": lambda d: d["modules"].update({"0": {
         "type": "MixedAdd", "width": 3, "positions_a": [0], "positions_b": [1]}}),
-    "a dtype that is a module": lambda d: d["tensors"].update(x={"shape": [1], "dtype": "torch.ops", "parameter": False}),
+    "a dtype that is a module": lambda d: d["tensors"].update(
+        x={"shape": [1], "dtype": "torch.ops", "parameter": False}),
     "a constant that is a module": lambda d: function(d).update(args=[{"torch": "ops"}]),
     "an unknown constant": lambda d: function(d).update(args=[{"code": "1"}]),
     "an axis out of range": lambda d: function(d, "flatten")["args"].__setitem__(1, 9),

@@ -164,9 +164,12 @@ def test_missing_parts_are_said_to_be_missing(tmp_path):
 
 
 def test_missed_budget_and_verdict_are_shown(run):
-    data = result(verdict=False)
+    data = result(verdict=False, max_drop=0.25)
     (run / "result.json").write_text(json.dumps(data))
-    assert "Verdict of the whole run ✗ no" in Page(write_report(run).read_text()).text
+    assert (
+        "Verdict of the whole run ✗ no accuracy may drop by at most 0.25 points"
+        in Page(write_report(run).read_text()).text
+    )
     data["budget"]["within"] = False
     (run / "result.json").write_text(json.dumps(data))
     text = Page(write_report(run).read_text()).text

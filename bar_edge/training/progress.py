@@ -10,6 +10,10 @@ from bar_edge.training.journal import Record
 class Progress(Protocol):
     """Is told how training goes; records hold the keys of a metrics.jsonl line."""
 
+    def note(self, text: str) -> None:
+        """Something to say before it starts, such as the budget in all units."""
+        ...
+
     def phase(self, name: str, epochs: int, steps: int) -> None:
         """A phase starts or goes on; steps: of all its epochs together."""
         ...
@@ -29,6 +33,9 @@ class Progress(Protocol):
 
 class NoProgress:
     """Nobody watches."""
+
+    def note(self, text: str) -> None:
+        """Do nothing."""
 
     def phase(self, name: str, epochs: int, steps: int) -> None:
         """Do nothing."""

@@ -9,36 +9,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bar_edge.config import PHASES, RunConfig, read_toml, run_config
+from bar_edge.config import PHASES, RunConfig, overlay, read_toml, run_config
 from bar_edge.errors import InputError
 from bar_edge.records import Budget
-
-#: what a preset changes in the defaults. paper: Lemaire et al. 2019, section 5.1 and supplement 3, on CIFAR;
-#: its constants that are our defaults already (distillation, sigmoid, margin, 1.01 at the start) are not repeated
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "paper": {
-        "train": {
-            "dense": 90,
-            "prune": 80,
-            "tune": 50,
-            "batch": 64,
-            "optimizer": "adam",
-            "lr_dense": 1e-3,
-            "lr_prune": 1e-3,
-            "lr_tune": 1e-3,
-            "weight_decay": 5e-4,
-            "schedule": "constant",
-        },
-        "bar": {
-            "lambda_raw": 1e-5,
-            "barrier_cap": 1e10,
-            "gate_optimizer": "adam",
-            "gate_start": "uniform",
-            "protect_floor": 0.0,
-        },
-    },
-}
 
 
 def resolve(config_file: Path | None, given: Mapping[str, Any], assignments: Iterable[str] = ()) -> RunConfig:
@@ -49,13 +22,8 @@ def resolve(config_file: Path | None, given: Mapping[str, Any], assignments: Ite
     """
     typed = _said(given)
     for text in assignments:
-        typed = _overlay(typed, assignment(text))
-    from_file = read_toml(config_file) if config_file else {}
-    preset = typed.get("preset", from_file.get("preset", "default"))
-    values = _overlay(_overlay(PRESETS.get(str(preset), {}), from_file), typed)
-    if "model" not in values:
-        raise InputError("a model: --model SPEC, or `model` in the TOML file", got="none", remedy="name one")
-    return run_config(values)
+        typed = overlay(typed, assignment(text))
+    return run_config(overlay(read_toml(config_file) if config_file else {}, typed))
 
 
 def given(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,12 +96,3 @@ def settable() -> list[str]:
 def _said(values: Mapping[str, Any]) -> dict[str, Any]:
     nested = {k: _said(v) if isinstance(v, Mapping) else v for k, v in values.items()}
     return {k: v for k, v in nested.items() if v is not None and v != {} and v != []}
-
-
-def _overlay(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(under)
-    for name, value in over.items():
-        below = merged.get(name)
-        both = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[name] = _overlay(below, value) if both else value  # type: ignore[arg-type]
-    return merged

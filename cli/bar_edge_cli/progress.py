@@ -47,6 +47,10 @@ class Terminal:
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
+    def note(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def phase(self, name: str, epochs: int, steps: int) -> None:
         """Begin, or go on with, a phase of `epochs` epochs and `steps` steps in all."""
         self._epochs = epochs
