@@ -16,8 +16,7 @@ def test_the_zoo_table_holds_the_counted_figures(repository: Path, model: str, s
     sizes = [int(size) for size in shape.split("x")]
     network = trace(build(model, input_shape=(sizes[0], sizes[1], sizes[2]), classes=10), torch.zeros(2, *sizes))
     layout, full = GateLayout(network), count(network)
-    row = next(
-        line for line in (repository / "docs/zoo.md").read_text().splitlines() if line.startswith(f"| {model} | {shape}")
-    )
+    lines = (repository / "docs/zoo.md").read_text().splitlines()
+    row = next(line for line in lines if line.startswith(f"| {model} | {shape}"))
     figures = [int(text.replace(",", "")) for text in re.findall(r"\| ([\d,]+)(?= \|)", row.split(shape)[1])]
     assert figures == [full.volume, full.flops, full.params, layout.size, smallest_cost(layout, "volume")]

@@ -304,7 +304,7 @@ def test_outputs_are_restored_to_full_width() -> None:
 class Taps(TwoHeads):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = F.relu(self.stem(x))
-        return {"map": self.left(x), "moments": torch.cumsum(x, 1)}
+        return {"map": self.left(x), "moments": self.right(torch.cumsum(x, 1))}
 
 
 def test_an_operator_without_a_rule_sees_zeros_at_full_width() -> None:
@@ -315,7 +315,7 @@ def test_an_operator_without_a_rule_sees_zeros_at_full_width() -> None:
     with torch.no_grad():
         x = F.relu(module.stem(images))
         x[:, [0, 2, 3, 4, 5, 7]] = 0
-        expected = {"map": module.left(x), "moments": torch.cumsum(x, 1)}
+        expected = {"map": module.left(x), "moments": module.right(torch.cumsum(x, 1))}
     answer = sliced(images)
     assert set(answer) == {"map", "moments"}
     for name in expected:

@@ -157,7 +157,7 @@ class BAR:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that training changes, tensors and numbers only."""
         return {
-            "network": self.dense.body.state_dict(),
+            "network": {name: tensor.clone() for name, tensor in self.dense.body.state_dict().items()},
             "log_alpha": self.network.gates.log_alpha.detach().clone(),
             "step": self.network.gates.step,
             "optimizer": self.optimizer.state_dict(),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bar_edge.methods.layout import GateLayout
-from bar_edge.network.cost import units
+from bar_edge.network.cost import loose_params, units
 from bar_edge.records import Metric
 
 
@@ -33,10 +33,15 @@ class GateCost(nn.Module):
         tensors: dict[fx.Node, int] = {}
         rows: list[tuple[int, int, float, float]] = []
         self.constant = 0.0
+        if metric == "params":
+            self.constant += loose_params(layout.network)
+        counted: set[str] = set()
         for unit in units(layout.network, layout.found):
             out_rate = {"volume": unit.area, "params": unit.vectors}.get(metric, 0)
             pair_rate = {"flops": unit.flop_rate, "params": unit.weights}.get(metric, 0)
-            self.constant += unit.constant if metric == "params" else 0
+            if metric == "params" and str(unit.node.target) not in counted:
+                self.constant += unit.constant
+                counted.add(str(unit.node.target))
             n_out = tensors.setdefault(unit.node, len(tensors))
             if unit.alone:
                 out_rate, pair_rate, n_in = out_rate + pair_rate, 0, n_out

@@ -157,6 +157,10 @@ def _sites(layout: GateLayout) -> list[Site]:
             taken.add(by_name[target])
     for node, passage in found.items():
         writers = layout.writers[node]
+        source = node.all_input_nodes[0] if passage.kind == "read" else None
+        if source is not None and str(node.target) not in layout.offsets and not layout.writers[source].always.any():
+            # an ungated reader stops with its last input; only final gates can shut a layer for good
+            sites.append(Site(node, 0, 0, writers))
         if passage.kind == "map" and not passage.keeps_zero and node not in taken and not writers.always.all():
             sites.append(Site(node, 0, 0, writers))
     return sites
@@ -213,7 +217,9 @@ def fold(network: Network, gated: GatedNetwork) -> None:
             module, factor = network.module_of(_same_node(network, site.node)), z[site.first : site.first + site.n]
             assert module is not None
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.affine:
-                raise NotImplementedError(f"BatchNorm '{site.node.target}' has no weight to fold a gate into")
+                module.affine = True
+                module.weight = nn.Parameter(torch.ones_like(factor))
+                module.bias = nn.Parameter(torch.zeros_like(factor))
             for value in (module.weight, module.bias):
                 if isinstance(value, Tensor):
                     value.mul_(factor.to(value.device).view(-1, *[1] * (value.ndim - 1)))

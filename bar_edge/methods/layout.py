@@ -67,9 +67,8 @@ class GateLayout:
         """
         users = list(self.node(name).users)
         norms = [u for u in users if isinstance(self.network.module_of(u), nn.modules.batchnorm._BatchNorm)]
-        return (
-            [str(u.target) for u in norms if self.found[u].kind == "map"] if users and len(norms) == len(users) else []
-        )
+        ruled = len(norms) == len(users) and all(self.found[u].kind == "map" for u in norms)
+        return [str(u.target) for u in norms] if ruled else []
 
 
 def _all_writers(found: Passages, offsets: dict[str, tuple[int, int]]) -> dict[fx.Node, Writers]:

@@ -24,6 +24,13 @@ def budget_limit(layout: GateLayout, budget: Budget) -> float:
             got=budget.text,
             remedy="train for 8x, judge ms by bench",
         )
+    if not layout.size:
+        raise InputError(
+            "a network with a convolution whose channels can be pruned",
+            got="none",
+            consequence="there is nothing to prune",
+            remedy="see `bar-edge inspect` for what each layer lacks",
+        )
     limit = budget.limit(full_counts(layout).of(budget.metric))
     least = smallest_cost(layout, budget.metric)
     if limit < least:
@@ -42,9 +49,9 @@ def protected_layers(layout: GateLayout, metric: Metric) -> list[str]:
     found, network = layout.found, layout.network
     by_node = {unit.node: unit for unit in units(network, found)}
     best: dict[fx.Node, tuple[float, frozenset[str]]] = {}
-    for node, passage in found.items():
-        step, own = 0.0, frozenset[str]()
-        if node in by_node:
+    for node in network.nodes:
+        passage, step, own = found.get(node), 0.0, frozenset[str]()
+        if passage is not None and node in by_node:
             unit, gated = by_node[node], str(node.target) in layout.offsets
             n_out = 1 if gated or passage.kind == "map" else passage.width
             n_in = found[unit.source].width if unit.source in found and found[unit.source].kind == "source" else 1
@@ -52,8 +59,9 @@ def protected_layers(layout: GateLayout, metric: Metric) -> list[str]:
             rates = {"volume": unit.area * n_out, "flops": unit.flop_rate * pairs}
             step = rates.get(metric, unit.weights * pairs + unit.vectors * n_out + unit.constant)
             own = frozenset({str(node.target)}) if gated else own
-        sources = [link.source for link in passage.links] or [s for s in node.all_input_nodes if s in found]
-        if passage.kind in ("map", "add") and sources:
+        links = passage.links if passage is not None else ()
+        sources = [link.source for link in links] or [s for s in node.all_input_nodes if s in best]
+        if links:
             cost, path = min((best[s] for s in sources), key=lambda entry: entry[0])
         else:
             cost, path = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import fx, nn
 
 from bar_edge.network.channels import Passages, passages
@@ -34,6 +35,10 @@ class LayerCount:
     reason: str
 
 
+#: modules that make new channels out of all those they read
+READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Unit:
     """One call of an operation with parameters: cost = a rate times alive channels in and out.
@@ -53,30 +58,30 @@ class Unit:
 
 
 def units(network: Network, found: Passages) -> list[Unit]:
-    """Return every operation with parameters, in graph order; a module called twice has its parameters once."""
-    result, seen = [], set[str]()
+    """Return every call of an operation with parameters, in graph order."""
+    result = []
     for node in network.nodes:
         module = network.module_of(node)
         if module is None or node not in found:
             continue
-        source, first = node.all_input_nodes[0], str(node.target) not in seen
-        seen.add(str(node.target))
-        numel = sum(p.numel() for p in module.parameters()) if first else 0
+        source, numel = node.all_input_nodes[0], sum(p.numel() for p in module.parameters())
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             shape, kernel = network.shapes[node.name], module.weight[0, 0].numel()
-            area = 1
-            for size in shape[2:]:
-                area *= size
+            area = torch.Size(shape[2:]).numel()
             alone = found[node].kind == "map"
             per_pair = kernel * module.weight.shape[1] if alone else kernel
-            bias = int(first and module.bias is not None)
+            bias = int(module.bias is not None)
             if found[node].kind == "opaque":  # grouped: counted at full width by its own rate
                 rate = 2 * kernel * area * module.weight.shape[1]
                 result.append(Unit(node, source, True, area, rate, 0, 0, numel))
             else:
-                result.append(Unit(node, source, alone, area, 2 * per_pair * area, per_pair * first, bias, 0))
+                result.append(Unit(node, source, alone, area, 2 * per_pair * area, per_pair, bias, 0))
+        elif isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+            area, inputs = (torch.Size(network.shapes[n.name][2:]).numel() for n in (node, source))
+            taps = module.weight[0, 0].numel() * module.in_channels // module.groups
+            result.append(Unit(node, source, True, area, 2 * taps * inputs, 0, 0, numel))
         elif isinstance(module, nn.Linear) and found[node].kind == "read":
-            result.append(Unit(node, source, False, 0, 0, int(first), int(first and module.bias is not None), 0))
+            result.append(Unit(node, source, False, 0, 0, 1, int(module.bias is not None), 0))
         elif numel and found[node].kind == "map" and numel % found[node].width == 0:
             result.append(Unit(node, source, True, 0, 0, 0, numel // found[node].width, 0))
         elif numel:
@@ -94,14 +99,27 @@ def count_kept(network: Network, kept: Mapping[str, Sequence[int]], found: Passa
     found = passages(network) if found is None else found
     held = held_channels(network, kept, found)
     volume = flops = params = 0
+    counted: set[str] = set()
     for unit in units(network, found):
         v, f, p = _costs(unit, held)
-        volume, flops, params = volume + v, flops + f, params + p
-    attributes = {str(node.target): node for node in network.nodes if node.op == "get_attr"}
-    for name, node in attributes.items():
-        value = network.body.get_parameter(name) if name in dict(network.body.named_parameters()) else None
-        params += value.numel() if value is not None and node.users else 0
-    return Counts(volume=volume, flops=flops, params=params)
+        volume, flops = volume + v, flops + f
+        if p and str(unit.node.target) not in counted:  # a module that is called twice has its parameters once
+            counted.add(str(unit.node.target))
+            params += p
+    return Counts(volume=volume, flops=flops, params=params + loose_params(network))
+
+
+def loose_params(network: Network) -> int:
+    """Return the number of parameters that the graph reads by themselves, outside of modules."""
+    named = dict(network.body.named_parameters())
+    owned = {id(p) for node in network.nodes if node.op == "call_module" for p in _module_parameters(network, node)}
+    read = {str(node.target) for node in network.nodes if node.op == "get_attr" and node.users}
+    return sum(named[name].numel() for name in read & named.keys() if id(named[name]) not in owned)
+
+
+def _module_parameters(network: Network, node: fx.Node) -> list[nn.Parameter]:
+    module = network.module_of(node)
+    return list(module.parameters()) if module is not None else []
 
 
 def _costs(unit: Unit, held: Held) -> tuple[int, int, int]:
@@ -121,7 +139,9 @@ def prunable(network: Network, found: Passages | None = None) -> dict[str, str]:
         node = pending.pop()
         if node not in fixed:
             fixed.add(node)
-            pending += [link.source for link in found[node].links] if node in found else []
+            reader = isinstance(network.module_of(node), READERS)
+            passed = [link.source for link in found[node].links] if node in found else []
+            pending += [] if reader else passed or ([] if node.op == "placeholder" else node.all_input_nodes)
     reasons = {}
     for node, passage in found.items():
         module = network.module_of(node)

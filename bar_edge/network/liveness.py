@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from bar_edge.errors import InputError
 from bar_edge.network.channels import Passages, passages
 from bar_edge.network.network import Network
-from bar_edge.records import ChannelPlan
 
 Held = dict[fx.Node, Tensor]
 
@@ -39,9 +37,12 @@ def held_channels(network: Network, kept: Mapping[str, Sequence[int]], found: Pa
 
 def _needed(network: Network, found: Passages, live: Held) -> Held:
     needed = {node: torch.zeros(passage.width, dtype=torch.bool) for node, passage in found.items()}
+    running: set[fx.Node] = set()
     for node in reversed(network.nodes):
         passage = found.get(node)
         if passage is None:  # the output, or an operator on something without channels
+            if node.op != "output" and not running & node.users.keys():
+                continue
             wanted = node.all_input_nodes
         elif not (live[node] & needed[node]).any():
             continue
@@ -49,22 +50,8 @@ def _needed(network: Network, found: Passages, live: Held) -> Held:
             wanted = node.all_input_nodes if passage.kind in ("read", "opaque") else []
             for link in passage.links:
                 needed[link.source][link.inputs] |= (live[node] & needed[node])[link.outputs]
+        running.add(node)
         for source in wanted:
             if source in needed:
                 needed[source][:] = True
     return {node: live[node] & needed[node] for node in found}
-
-
-def check_plan(network: Network, plan: ChannelPlan) -> None:
-    """Raise InputError unless the plan was made for this network."""
-    if plan.network != network.fingerprint:
-        raise InputError(
-            f"a plan for network {network.fingerprint}",
-            got=f"a plan for network {plan.network}",
-            consequence="its channels would mean other channels",
-            remedy="use the plan.json of the run that pruned this network, with the same --model and input shape",
-        )
-    found = {str(node.target): passage for node, passage in passages(network).items() if passage.kind == "read"}
-    for name, ids in plan.kept.items():
-        if name not in found or any(not 0 <= i < found[name].width for i in ids):
-            raise InputError("a plan whose layers and channels exist", got=f"layer '{name}' in the plan")

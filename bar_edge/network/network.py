@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from bar_edge.errors import InputError
 from bar_edge.network.mixed import Expand, MixedAdd
@@ -30,11 +29,18 @@ MODULES |= {
     for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 }
 MODULES |= {
+    kind: (*MODULES[nn.Conv2d], "output_padding")
+    for kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+}
+MODULES |= {
     nn.Linear: ("in_features", "out_features", "bias"),
     nn.PReLU: ("num_parameters",),
     nn.GroupNorm: ("num_groups", "num_channels", "eps", "affine"),
     nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine"),
     nn.Dropout: ("p",),
+    nn.Dropout1d: ("p",),
+    nn.Dropout2d: ("p",),
+    nn.Dropout3d: ("p",),
     MixedAdd: ("width", "positions_a", "positions_b"),
     Expand: ("axis", "width", "positions"),
 }
@@ -42,7 +48,12 @@ _MODULES_BY_NAME = {kind.__name__: kind for kind in MODULES}
 _PYTHON_CALLS: dict[str, Callable[..., Any]] = {
     f"operator.{f.__name__}": f for f in (operator.getitem, operator.add, operator.mul, operator.floordiv, operator.sub)
 }
+#: operators that make a tensor out of numbers
+_CREATORS = {"aten.zeros.default", "aten.ones.default", "aten.full.default", "aten.arange.default", "aten.arange.start"}
 _FORMAT = 1
+
+#: how a flat tuple of outputs is returned: an index, or {"tuple" | "list": [...]} or {"dict": {name: ...}} of such
+Structure = Any
 
 
 class Network(nn.Module):
@@ -52,10 +63,11 @@ class Network(nn.Module):
     the user's names under `body`. `shapes` maps every tensor of the graph to its shape for N = 2.
     """
 
-    def __init__(self, body: fx.GraphModule, input_shapes: tuple[tuple[int, ...], ...], out_spec: str) -> None:
+    def __init__(self, body: fx.GraphModule, input_shapes: tuple[tuple[int, ...], ...], out_spec: Structure) -> None:
         super().__init__()
         self.body, self.input_shapes, self.out_spec = body, input_shapes, out_spec
         body.graph.lint()
+        _check_structure(out_spec, len(body.graph.output_node().args[0]))  # type: ignore[arg-type]
         self.shapes: dict[str, tuple[int, ...]] = _propagate_shapes(body, input_shapes)
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -73,8 +85,11 @@ class Network(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the graph and its modules' settings, not of the weights."""
-        return hashlib.sha256(json.dumps(_describe(self), sort_keys=True).encode()).hexdigest()[:16]
+        """Hash of the graph and its modules' settings, not of the weights, their types or whether norms have any."""
+        described = {key: value for key, value in _describe(self).items() if key != "dtypes"}
+        for settings in described["modules"].values():
+            settings.pop("affine", None)
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
         """Write network.json and weights.safetensors; the weights are renamed into place first."""
@@ -102,7 +117,9 @@ class Network(nn.Module):
                 raise ValueError(f"weights.safetensors does not fit network.json (missing: {missing[:5]})")
             tensors |= {name: tensors[source] for name, source in data["aliases"].items()}
             network.body.load_state_dict(tensors)
-        except (KeyError, TypeError, ValueError, AttributeError, OSError, RuntimeError, SafetensorError) as error:
+            for name, source in data["aliases"].items():
+                _tie(network.body, name, source)
+        except Exception as error:  # the files may be anybody's: whatever they make us stumble over is their fault
             raise InputError(
                 "a complete network folder",
                 got=f"{folder.name}: {type(error).__name__}: {error}",
@@ -111,9 +128,44 @@ class Network(nn.Module):
         return network
 
 
-def unflatten(flat: tuple[Any, ...], out_spec: str) -> Any:
+def unflatten(flat: tuple[Any, ...], out_spec: Structure) -> Any:
     """Return a graph's flat outputs in the structure that the user's module returned."""
-    return flat[0] if out_spec == "*" else pytree.tree_unflatten(flat, pytree.treespec_loads(out_spec))
+    if isinstance(out_spec, int):
+        return flat[out_spec]
+    ((kind, parts),) = out_spec.items()
+    if kind == "dict":
+        return {name: unflatten(flat, part) for name, part in parts.items()}
+    return (tuple if kind == "tuple" else list)(unflatten(flat, part) for part in parts)
+
+
+def structure_of(value: Any) -> Structure:
+    """Return the structure of nested tuples, lists and mappings whose leaves are the numbers 0, 1, 2, ..."""
+    if isinstance(value, int):
+        return value
+    if isinstance(value, Mapping):
+        return {"dict": {str(name): structure_of(part) for name, part in value.items()}}
+    if isinstance(value, tuple | list):
+        return {"list" if isinstance(value, list) else "tuple": [structure_of(part) for part in value]}
+    raise InputError("a forward that returns tensors in tuples, lists and dictionaries", got=type(value).__name__)
+
+
+def _check_structure(spec: Structure, outputs: int) -> None:
+    if isinstance(spec, int) and not isinstance(spec, bool):
+        if not 0 <= spec < outputs:
+            raise ValueError(f"output {spec} of {outputs}")
+        return
+    ((kind, parts),) = spec.items()
+    if kind not in ("tuple", "list", "dict"):
+        raise ValueError(f"unknown structure of outputs {kind}")
+    for part in parts.values() if kind == "dict" else parts:
+        _check_structure(part, outputs)
+
+
+def _tie(body: nn.Module, name: str, source: str) -> None:
+    """Make two names one tensor again, as they were when they were saved."""
+    *path, last = name.split(".")
+    shared = operator.attrgetter(source)(body)
+    setattr(body.get_submodule(".".join(path)), last, shared)
 
 
 def is_network_folder(folder: Path) -> bool:
@@ -126,7 +178,9 @@ def _propagate_shapes(body: fx.GraphModule, input_shapes: tuple[tuple[int, ...],
 
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
+            module = body.get_submodule(str(n.target)) if n.op == "call_module" else None
+            same = isinstance(module, _KEEP_SHAPE)  # fake BatchNorm takes a hundredth of a second
+            value = self.fetch_args_kwargs_from_env(n)[0][0] if same else super().run_node(n)
             if isinstance(value, Tensor):
                 shapes[n.name] = tuple(value.shape)
             return value
@@ -140,6 +194,9 @@ def _propagate_shapes(body: fx.GraphModule, input_shapes: tuple[tuple[int, ...],
     for module, training in modes.items():
         module.training = training
     return shapes
+
+
+_KEEP_SHAPE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout)
 
 
 # ---------------------------------------------------------------------------------------------- JSON
@@ -157,6 +214,7 @@ def _describe(network: Network) -> dict[str, Any]:
         "out_spec": network.out_spec,
         "modules": {name: _describe_module(body.get_submodule(name)) for name in called},
         "tensors": {name: _describe_tensor(body, name) for name in tensors},
+        "dtypes": {name: _dtype_name(body.get_submodule(name)) for name in called},
         "aliases": {name: source for name, source in _aliases(state).items() if name != source},
         "nodes": [
             {
@@ -177,6 +235,11 @@ def _describe_module(module: nn.Module) -> dict[str, Any]:
         value = getattr(module, name)
         settings[name] = value is not None if name == "bias" else list(value) if isinstance(value, tuple) else value
     return {"type": type(module).__name__, **settings}
+
+
+def _dtype_name(module: nn.Module) -> str:
+    floating = (t.dtype for t in [*module.parameters(), *module.buffers()] if t.is_floating_point())
+    return str(next(floating, torch.float32))
 
 
 def _describe_tensor(body: nn.Module, name: str) -> dict[str, Any]:
@@ -216,7 +279,7 @@ def _resolve(name: str) -> Callable[..., Any]:
         raise ValueError(f"operator {name} is not allowed in a network file")
     function: torch._ops.OpOverload = getattr(getattr(torch.ops.aten, packet), overload)
     takes_tensor = any("Tensor" in str(argument.type) for argument in function._schema.arguments)
-    if function._schema.is_mutable or not takes_tensor:
+    if function._schema.is_mutable or not (takes_tensor or name in _CREATORS):
         raise ValueError(f"operator {name} is not allowed in a network file")
     return function
 
@@ -271,21 +334,37 @@ def _rebuild(data: dict[str, Any]) -> Network:
     root = nn.Module()
     for name, description in data["modules"].items():
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in description.items() if k != "type"}
-        attach(root, name, _MODULES_BY_NAME[description["type"]](**settings))
+        attach(root, name, _MODULES_BY_NAME[description["type"]](**settings).to(_dtype(data["dtypes"][name])))
     for name, description in data["tensors"].items():
-        dtype = getattr(torch, description["dtype"].removeprefix("torch."))
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{description['dtype']} is not a dtype")
-        attach(root, name, torch.zeros(description["shape"], dtype=dtype), parameter=description["parameter"])
+        value = torch.zeros(description["shape"], dtype=_dtype(description["dtype"]))
+        attach(root, name, value, parameter=description["parameter"])
     graph, nodes = fx.Graph(), dict[str, fx.Node]()
     for item in data["nodes"]:
         if item["op"] not in ("placeholder", "call_module", "call_function", "get_attr", "output"):
             raise ValueError(f"node kind {item['op']} is not allowed in a network file")
+        if item["op"] != "call_function":
+            _check_name(item["target"], dotted=item["op"] in ("call_module", "get_attr"))
         target = _resolve(item["target"]) if item["op"] == "call_function" else item["target"]
         args, kwargs = tuple(_decode(item["args"], nodes)), _decode(item["kwargs"], nodes)
+        for key in kwargs:
+            _check_name(key)
         nodes[item["name"]] = graph.create_node(item["op"], target, args, kwargs, name=item["name"])
     shapes = tuple(tuple(shape) for shape in data["input_shapes"])
     return Network(fx.GraphModule(root, graph), shapes, data["out_spec"])
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name.removeprefix("torch."))
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name} is not a dtype")
+    return dtype
+
+
+def _check_name(name: str, *, dotted: bool = False) -> None:
+    """Refuse names that are not names: fx writes them into the Python source that it compiles."""
+    parts = name.split(".") if dotted else [name]
+    if not all(re.fullmatch(r"\w+", part, re.ASCII) for part in parts) or not (dotted or name.isidentifier()):
+        raise ValueError(f"{name!r} is not a name")
 
 
 def attach(root: nn.Module, name: str, value: nn.Module | Tensor, *, parameter: bool = False) -> None:

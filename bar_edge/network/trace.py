@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from bar_edge.errors import InputError
-from bar_edge.network.network import Network, attach
+from bar_edge.network.network import Network, attach, structure_of
 
 aten = torch.ops.aten
 
@@ -30,8 +32,8 @@ def trace(module: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Net
     shapes = tuple(tuple(x.shape[1:]) for x in inputs)
     spec = program.call_spec.out_spec
     assert spec is not None
-    network = Network(body, shapes, "*" if spec.is_leaf() else pytree.treespec_dumps(spec))
-    return network.train(module.training)
+    structure = structure_of(pytree.tree_unflatten(range(spec.num_leaves), spec))
+    return Network(body, shapes, structure).train(module.training)
 
 
 def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
@@ -47,10 +49,12 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.Expor
             logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            free = tuple({0: torch.export.Dim.AUTO} for _ in pair)
-            program = torch.export.export(
-                module, pair, dynamic_shapes=(free if len(pair) > 1 else free[:1]), strict=False
-            )
+            free: tuple[Any, ...] = tuple({0: torch.export.Dim.AUTO} for _ in pair)
+            kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
+            if inspect.Parameter.VAR_POSITIONAL in kinds:
+                named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+                free = (*free[:named], free[named:])
+            program = torch.export.export(module, pair, dynamic_shapes=free, strict=False)
     except Exception as error:  # torch.export raises many kinds; all mean that this module cannot be traced
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise InputError(
@@ -66,10 +70,11 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.Expor
             logger.setLevel(level)
     for name in program.graph_signature.user_inputs:
         node = next(n for n in program.graph.nodes if n.name == name)
-        if not isinstance(node.meta["val"].shape[0], torch.SymInt):
+        size = node.meta["val"].shape[0]
+        if not isinstance(size, torch.SymInt) or not size.node.expr.free_symbols:
             raise InputError(
                 "a network that takes any batch size",
-                got=f"a forward that fixes the batch of input '{name}' to {node.meta['val'].shape[0]}",
+                got=f"a forward that fixes the batch of input '{name}' to {size}",
                 consequence="it could not be trained or exported with another batch",
                 remedy="replace the literal batch size in view/reshape by x.size(0) or -1",
             )
@@ -121,15 +126,40 @@ class _Builder:
             if existing is None:
                 attach(self.root, name, module)
                 existing = module
-            if repr(existing) == repr(module):
+            if repr(existing) == repr(module) and _same_tensors(existing, module):
                 return self.graph.call_module(name, (self._map(node.args[0]),))
         target, in_place = _out_of_place(node.target)
         if _is_flatten(node):
             return self.graph.call_function(aten.flatten.using_ints, (self._map(node.args[0]), 1))
         result = self.graph.call_function(target, self._map(node.args), self._map(node.kwargs))
         if in_place:
-            self.nodes[node.args[0]] = result  # type: ignore[index]  # whoever reads the old name sees the new value
+            self._rewrite(node, result)
         return result
+
+    def _rewrite(self, node: fx.Node, result: fx.Node) -> None:
+        """Let every name of the tensor that `node` writes to mean the result from here on.
+
+        Raises InputError if a view of it, or what it is a view of, is read afterwards.
+        """
+        nodes = list(self.program.graph.nodes)
+        now = nodes.index(node)
+        tensor: dict[Any, fx.Node] = {}  # names of one tensor
+        memory: dict[Any, fx.Node] = {}  # names of one piece of memory
+        for other in nodes[:now]:
+            source = other.args[0] if other.args and isinstance(other.args[0], fx.Node) else None
+            tensor[other] = tensor[source] if source is not None and _out_of_place(other.target)[1] else other
+            memory[other] = memory[source] if source is not None and _returns_alias(other) else other
+        names = {n for n in tensor if tensor[n] is tensor[node.args[0]]}
+        views = {n for n in memory if memory[n] is memory[node.args[0]]} - names
+        for later in nodes[now + 1 :]:
+            for seen in views & set(later.all_input_nodes):
+                raise InputError(
+                    "a forward that writes in place only into tensors that nothing else shares memory with",
+                    got=f"{node.target} on '{node.args[0]}', seen again through '{seen}'",
+                    consequence="the network cannot be read as a graph of values",
+                    remedy="write the result to a new tensor: y = relu(x[:, :2]) instead of x[:, :2].relu_()",
+                )
+        self.nodes |= dict.fromkeys(names, result)
 
     def _map(self, value: Any) -> Any:
         return fx.map_arg(value, self._node)
@@ -137,7 +167,8 @@ class _Builder:
     def _node(self, node: fx.Node) -> fx.Node:
         if node not in self.nodes:  # a weight that no module owns
             name = self.weights[node.name]
-            attach(self.root, name, self.tensor(node))
+            if not _has(self.root, name):
+                attach(self.root, name, self.tensor(node))
             self.nodes[node] = self.graph.get_attr(name)
         result = self.nodes[node]
         assert isinstance(result, fx.Node)
@@ -146,6 +177,14 @@ class _Builder:
     def is_weight(self, value: object) -> bool:
         """Tell whether an argument is a parameter, buffer or constant of the original module."""
         return isinstance(value, fx.Node) and value.op == "placeholder" and value.name in self.weights
+
+    def is_module(self, weight: object, bias: object) -> bool:
+        """Tell whether weight and bias (or None) are the original's and belong to one module there."""
+        if not self.is_weight(weight) or bias is None:
+            return self.is_weight(weight)
+        assert isinstance(weight, fx.Node)
+        parents = {self.weights[n.name].rpartition(".")[0] for n in (weight, bias) if isinstance(n, fx.Node)}
+        return self.is_weight(bias) and len(parents) == 1
 
     def tensor(self, node: fx.Node) -> Tensor:
         """Return our copy of a weight, one per original tensor; parameters stay parameters."""
@@ -163,7 +202,7 @@ class _Builder:
         name = self.weights[node.name]
         parent, _, leaf = name.rpartition(".")
         if leaf != default_leaf or not parent:
-            return name.replace(".", "_"), None
+            return f"{name.replace('.', '_')}_op", None
         try:
             return parent, self.original.get_submodule(parent)
         except AttributeError:
@@ -185,6 +224,27 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     return values | dict(node.kwargs)
 
 
+def _returns_alias(node: fx.Node) -> bool:
+    """Tell whether what an operator returns shares memory with its first argument (views and in-place operators)."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.target is operator.getitem
+    returned = node.target._schema.returns
+    return bool(returned) and returned[0].alias_info is not None
+
+
+def _has(root: nn.Module, name: str) -> bool:
+    try:
+        operator.attrgetter(name)(root)
+    except AttributeError:
+        return False
+    return True
+
+
+def _same_tensors(a: nn.Module, b: nn.Module) -> bool:
+    pairs = zip([*a.parameters(), *a.buffers()], [*b.parameters(), *b.buffers()], strict=True)
+    return all(x is y or not x.is_floating_point() for x, y in pairs)
+
+
 def _fill(builder: _Builder, module: nn.Module, weights: dict[str, Any]) -> nn.Module:
     for name, node in weights.items():
         if node is not None:
@@ -194,7 +254,7 @@ def _fill(builder: _Builder, module: nn.Module, weights: dict[str, Any]) -> nn.M
 
 def _conv(builder: _Builder, node: fx.Node) -> Made:
     a = _arguments(node)
-    if not builder.is_weight(a["weight"]) or not (a["bias"] is None or builder.is_weight(a["bias"])):
+    if not builder.is_module(a["weight"], a["bias"]):
         return None
     weight = builder.tensor(a["weight"])
     kind = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[weight.ndim]
@@ -226,12 +286,14 @@ def _batch_norm(builder: _Builder, node: fx.Node) -> Made:
     width = builder.tensor(tensors["running_mean"]).shape[0]
     kind = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(node.meta["val"].ndim, nn.BatchNorm1d)
     module = kind(width, a["eps"], momentum, affine=tensors["weight"] is not None)
+    if isinstance(original, nn.modules.batchnorm._BatchNorm) and original.num_batches_tracked is not None:
+        module.num_batches_tracked = original.num_batches_tracked.detach().clone()
     return name, _fill(builder, module, tensors)
 
 
 def _linear(builder: _Builder, node: fx.Node) -> Made:
     a = _arguments(node)
-    if not builder.is_weight(a["weight"]) or not (a["bias"] is None or builder.is_weight(a["bias"])):
+    if not builder.is_module(a["weight"], a["bias"]):
         return None
     out_features, in_features = builder.tensor(a["weight"]).shape
     module = nn.Linear(in_features, out_features, bias=a["bias"] is not None)
@@ -264,8 +326,29 @@ def _layer_norm(builder: _Builder, node: fx.Node) -> Made:
 
 def _dropout(builder: _Builder, node: fx.Node) -> Made:
     stack = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
-    owner = stack[-1] if stack and stack[-1] else "functional"
-    return f"{owner}_{node.name}".replace(".", "_"), nn.Dropout(_arguments(node)["p"])
+    owner, a = stack[-1] if stack and stack[-1] else "functional", _arguments(node)
+    if a["train"]:  # on in eval mode too: the user wants noise always
+        return None
+    kinds = {3: nn.Dropout1d, 4: nn.Dropout2d, 5: nn.Dropout3d}
+    channels = node.target is aten.feature_dropout.default
+    kind = kinds.get(node.meta["val"].ndim) if channels else nn.Dropout
+    return (f"{owner}_{node.name}".replace(".", "_"), kind(a["p"])) if kind is not None else None
+
+
+def _conv_transpose(builder: _Builder, node: fx.Node) -> Made:
+    a = _arguments(node)
+    if not builder.is_module(a["weight"], a["bias"]):
+        return None
+    weight = builder.tensor(a["weight"])
+    kind = {3: nn.ConvTranspose1d, 4: nn.ConvTranspose2d, 5: nn.ConvTranspose3d}[weight.ndim]
+    dims = weight.ndim - 2
+    spread: dict[str, Any] = {
+        name: tuple(a[name]) * (dims if len(a[name]) == 1 else 1)
+        for name in ("stride", "padding", "output_padding", "dilation")
+    }
+    channels, kernel = (weight.shape[0], weight.shape[1] * a["groups"]), tuple(weight.shape[2:])
+    module = kind(*channels, kernel, groups=a["groups"], bias=a["bias"] is not None, **spread)  # type: ignore[arg-type]
+    return builder.owner(a["weight"])[0], _fill(builder, module, {"weight": a["weight"], "bias": a["bias"]})
 
 
 MODULE_BUILDERS: dict[object, Callable[[_Builder, fx.Node], Made]] = {
@@ -281,7 +364,10 @@ MODULE_BUILDERS: dict[object, Callable[[_Builder, fx.Node], Made]] = {
     aten.group_norm.default: _group_norm,
     aten.layer_norm.default: _layer_norm,
     aten.dropout.default: _dropout,
-    aten.dropout_.default: _dropout,
+    aten.feature_dropout.default: _dropout,
+    aten.conv_transpose1d.default: _conv_transpose,
+    aten.conv_transpose2d.input: _conv_transpose,
+    aten.conv_transpose3d.input: _conv_transpose,
 }
 
 

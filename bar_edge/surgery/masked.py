@@ -9,9 +9,10 @@ from torch import Tensor, fx
 
 from bar_edge.network import Network
 from bar_edge.network.channels import passages
-from bar_edge.network.liveness import check_plan, held_channels
+from bar_edge.network.liveness import held_channels
 from bar_edge.network.network import unflatten
 from bar_edge.records import ChannelPlan
+from bar_edge.surgery.check import check_plan
 
 
 def masked_outputs(network: Network, plan: ChannelPlan, *inputs: Tensor) -> Any:
@@ -19,8 +20,8 @@ def masked_outputs(network: Network, plan: ChannelPlan, *inputs: Tensor) -> Any:
 
     This is what slicing must equal. Eval mode; no gradient; raises InputError for another network's plan.
     """
-    check_plan(network, plan)
     found = passages(network)
+    check_plan(network, plan, found)
     held = held_channels(network, plan.kept, found)
 
     class Masking(fx.Interpreter):

@@ -10,9 +10,10 @@ from torch import Tensor, fx, nn
 
 from bar_edge.network import Expand, MixedAdd, Network
 from bar_edge.network.channels import LEAVES, Passages, is_depthwise, passages
-from bar_edge.network.liveness import check_plan, held_channels
+from bar_edge.network.liveness import held_channels
 from bar_edge.network.network import attach
 from bar_edge.records import ChannelPlan
+from bar_edge.surgery.check import check_plan
 from bar_edge.surgery.order import first_write_ranks
 
 aten = torch.ops.aten
@@ -25,8 +26,8 @@ def slice_network(network: Network, plan: ChannelPlan) -> Network:
     wherever it is read. Outputs and operators without a channel rule get full width, zeros filled in.
     Raises InputError if the plan belongs to another network.
     """
-    check_plan(network, plan)
     found = passages(network)
+    check_plan(network, plan, found)
     return _Slicer(network, found, held_channels(network, plan.kept, found)).run()
 
 
