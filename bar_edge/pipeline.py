@@ -24,19 +24,8 @@ from bar_edge.models import load_weights
 from bar_edge.network import Network, count, is_network_folder, layers
 from bar_edge.records import Budget, ChannelPlan, read_json, write_json
 from bar_edge.report import write_report
-from bar_edge.run import (
-    PARITY_IMAGES,
-    PARITY_LIMIT,
-    Run,
-    build_module,
-    describe_budget,
-    masked_parity,
-    read_data,
-    read_network,
-    sample_images,
-    trace_module,
-    versions,
-)
+from bar_edge.run import PARITY_LIMIT, Run, describe_budget, masked_parity, versions
+from bar_edge.specs import build_module, read_data, read_network, sample_images, trace_module
 from bar_edge.surgery import slice_network
 from bar_edge.training import NoProgress, Progress
 
@@ -168,7 +157,7 @@ def export_run(
         plan=ChannelPlan.from_json(read_json(run / "plan.json")),
         lowering=form,
     )
-    images = sample_images(read_data(dataclasses.replace(config, data=data or config.data)), PARITY_IMAGES)
+    images = sample_images(read_data(dataclasses.replace(config, data=data or config.data)))
     if with_preprocessing:
         mean, std = (torch.tensor(result["input"][key])[:, None, None] for key in ("mean", "std"))
         images = ((images * std + mean) * 255).round().to(torch.uint8)

@@ -14,19 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from bar_edge.config import RunConfig, to_toml
-from bar_edge.data import DataSource, Split, load_data
+from bar_edge.data import DataSource, Split
 from bar_edge.errors import InputError
 from bar_edge.export.widen import regular_form
 from bar_edge.methods import BAR, GateLayout, budget_limit, random_plan
 from bar_edge.methods.distillation import soft_cross_entropy
-from bar_edge.models import build, load_weights
-from bar_edge.network import Network, count, is_network_folder, layers, trace
+from bar_edge.network import Network, count, is_network_folder, layers
 from bar_edge.records import Budget, ChannelPlan, read_json, write_json
+from bar_edge.specs import read_data, read_network, sample_images, with_weights
 from bar_edge.surgery import masked_outputs, relative_difference, slice_network
 from bar_edge.training import Distills, Journal, Phase, Progress, Task, evaluate, load_task, train
 from bar_edge_calibration import reestimate_batchnorm
 
-PARITY_IMAGES = 64
 REESTIMATION_BATCHES = 50
 #: masked against sliced on real images, in float64
 PARITY_LIMIT = 1e-9
@@ -258,68 +257,6 @@ def masked_parity(folded: Network, plan: ChannelPlan, sliced: Network, images: T
     masked = masked_outputs(copy.deepcopy(folded).cpu().double(), plan, double)
     with torch.no_grad():
         return relative_difference(masked, copy.deepcopy(sliced).cpu().double().eval()(double))
-
-
-def read_data(config: RunConfig) -> DataSource:
-    """Load the data of a run's configuration."""
-    train = config.train
-    return load_data(config.data, seed=config.seed, workers=train.workers, size=train.image_size or None)
-
-
-def sample_images(data: DataSource, number: int = PARITY_IMAGES) -> Tensor:
-    """Return the first held-out images, normalised, (number, C, H, W)."""
-    images, _ = next(iter(data.held_out.batches(number, train=False, seed=0, epoch=0, device="cpu", augment="none")))
-    return images
-
-
-def read_network(
-    model: str, model_args: tuple[str, ...] = (), input_shape: tuple[int, ...] = (3, 32, 32), classes: int = 10
-) -> Network:
-    """Return the network that a model SPEC names: a folder that bar-edge wrote, or something to trace."""
-    folder = Path(model)
-    for candidate in (folder, folder / "network"):
-        if is_network_folder(candidate):
-            network = Network.load(candidate)
-            if network.input_shapes != (tuple(input_shape),):
-                raise InputError(
-                    f"inputs of shape {'x'.join(map(str, network.input_shapes[0]))}, as {folder.name} was traced",
-                    got="x".join(map(str, input_shape)),
-                    remedy="use data of that shape",
-                )
-            return network
-    return trace_module(build_module(model, model_args, input_shape, classes), input_shape)
-
-
-def build_module(model: str, model_args: tuple[str, ...], input_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """Return the user's or the zoo's module for a SPEC."""
-    channels, height, width = input_shape
-    return build(model, input_shape=(channels, height, width), classes=classes, model_args=model_args)
-
-
-def trace_module(module: nn.Module, input_shape: tuple[int, ...]) -> Network:
-    """Trace a module for inputs (N, *input_shape); a wrong channel count is named."""
-    try:
-        return trace(module, torch.zeros(2, *input_shape))
-    except InputError as error:
-        first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
-        if first is not None and first.in_channels != input_shape[0]:
-            raise InputError(
-                f"images of {first.in_channels} channels, as the model's first convolution reads",
-                got=f"images of shape {'x'.join(map(str, input_shape))}",
-                consequence="nothing was started",
-                remedy="use other data, or a model for this number of channels",
-            ) from error
-        raise
-
-
-def with_weights(model: str, model_args: tuple[str, ...], data: DataSource, weights: Path) -> Network:
-    """Return the traced model with weights from a file, or the network of a folder that bar-edge wrote."""
-    for candidate in (weights, weights / "dense"):
-        if is_network_folder(candidate):
-            return Network.load(candidate)
-    module = build_module(model, model_args, data.input_shape, len(data.classes))
-    load_weights(module, weights)
-    return trace_module(module, data.input_shape)
 
 
 def describe_budget(layout: GateLayout, budget: Budget) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import os
 import pickle
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,23 +243,6 @@ def test_digits_are_never_mirrored_and_photographs_are(digits: DataSource, tmp_p
         explicit = everything(source.fit, 16, train=True, augment=",".join(names))[0]
         assert torch.equal(everything(source.fit, 16, train=True)[0], explicit)
         assert not torch.equal(everything(source.fit, 16, train=True, augment="none")[0], explicit)
-
-
-@pytest.mark.slow
-def test_augmented_images_per_second() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    images = torch.randint(0, 256, (128, 32, 32, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    draws = Draws.of(128, 32, seed=0, epoch=0)
-    seconds = []
-    for _ in range(50):
-        start = time.perf_counter()
-        moved = crop_and_flip(images, draws.rows, draws.columns, draws.flip, ("crop", "flip"))
-        normalise(moved, (0.5,) * 3, (0.2,) * 3)
-        seconds.append(time.perf_counter() - start)
-    torch.set_num_threads(threads)
-    # the best of many passes, since other processes share the machine
-    assert 128 / min(seconds) > 20_000
 
 
 # --- folders

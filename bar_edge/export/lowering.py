@@ -18,7 +18,7 @@ from bar_edge.errors import InputError
 from bar_edge.export.widen import filled_placements, regular_form, select, stream_placements, widen
 from bar_edge.network import Expand, MixedAdd, Network
 from bar_edge.network.channels import passages
-from bar_edge.network.network import attach
+from bar_edge.network.codec import attach
 from bar_edge.surgery.order import is_identity
 from bar_edge_kernels import gather, scatter_add
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from bar_edge.network import MixedAdd, Network
 from bar_edge.network.channels import Passages, passages
-from bar_edge.network.network import attach
+from bar_edge.network.codec import attach
 from bar_edge.surgery.order import is_identity, streams
 
 aten = torch.ops.aten

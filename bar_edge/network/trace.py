@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from bar_edge.errors import InputError
-from bar_edge.network.network import Network, attach, structure_of
+from bar_edge.network.codec import attach
+from bar_edge.network.network import Network, structure_of
 
 aten = torch.ops.aten
 

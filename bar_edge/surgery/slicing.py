@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 
 from bar_edge.network import Expand, MixedAdd, Network
 from bar_edge.network.channels import LEAVES, Passages, is_depthwise, passages
+from bar_edge.network.codec import attach
 from bar_edge.network.liveness import held_channels
-from bar_edge.network.network import attach
 from bar_edge.records import ChannelPlan
 from bar_edge.surgery.check import check_plan
 from bar_edge.surgery.order import first_write_ranks
