@@ -157,5 +157,5 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        got = error.strerror if isinstance(error, OSError) else str(error)
+        got = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise InputError(f"a JSON file at {path.name}", got=str(got), remedy="correct the path") from error

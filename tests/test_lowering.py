@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from bar_edge.errors import InputError
 from bar_edge.export.lowering import LOWERINGS, Lowering, lower
+from bar_edge.export.onnx import export_onnx, parity_onnx
 from bar_edge.export.widen import regular_form
 from bar_edge.models import build
 from bar_edge.network import Expand, MixedAdd, Network, count, trace
@@ -109,6 +111,17 @@ def test_every_form_equals_the_sliced_network(name: str) -> None:
     assert sliced.training and all(m.training for m in sliced.modules())
     assert sliced.state_dict().keys() == before.keys()
     assert all(torch.equal(v, before[k]) for k, v in sliced.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["wrn-16-1", "linear bottleneck", "cat"])
+def test_the_file_equals_the_sliced_network(name: str, tmp_path: Path) -> None:
+    _, sliced, _ = sliced_network(name)
+    images = contrasting(3, 3, 8, 8).float()
+    assert visible(sliced.float()(images).detach())
+    for form in LOWERINGS:
+        export_onnx(lower(sliced, form), (3, 8, 8), tmp_path / "model.onnx")
+        # float32 in two runtimes that sum in different orders
+        assert parity_onnx(sliced, tmp_path / "model.onnx", images) < 1e-4, form
 
 
 def targets(network: Network) -> list[object]:
