@@ -13,7 +13,6 @@ import torch
 
 from bar_edge.bench import bench_onnx, compare, meets, save_measurement, summary
 from bar_edge.config import RunConfig, read_toml, run_config
-from bar_edge.data import load_data
 from bar_edge.errors import EnvironmentLacks, InputError
 from bar_edge.export.artifact import ArtifactSpec, write_artifact
 from bar_edge.export.lowering import LOWERINGS, lower
@@ -25,7 +24,7 @@ from bar_edge.network import Network, count, is_network_folder, layers
 from bar_edge.records import Budget, ChannelPlan, read_json, write_json
 from bar_edge.report import write_report
 from bar_edge.run import PARITY_LIMIT, Run, describe_budget, masked_parity, versions
-from bar_edge.specs import build_module, read_data, read_network, sample_images, trace_module
+from bar_edge.specs import build_module, read_data, read_network, sample_images, shape_and_classes, trace_module
 from bar_edge.surgery import slice_network
 from bar_edge.training import NoProgress, Progress
 
@@ -62,11 +61,8 @@ def inspect_model(
     budget: str | None = None,
 ) -> dict[str, Any]:
     """Return layers, costs, what can be pruned and the smallest feasible budget of a model."""
-    classes = 10
-    if data is not None:
-        source = load_data(data)
-        input_shape, classes = input_shape or source.input_shape, len(source.classes)
-    network = read_network(model, model_args, input_shape or (3, 32, 32), classes)
+    shape, classes = shape_and_classes(data, input_shape)
+    network = read_network(model, model_args, shape, classes)
     layout, full, found = GateLayout(network), count(network), layers(network)
     costs = {}
     for metric in ("volume", "flops", "params"):
@@ -76,7 +72,7 @@ def inspect_model(
         costs[metric] = {"full": total, "prunable_share": own / total if total else 0.0, "smallest": least}
     answer: dict[str, Any] = {
         "model": model,
-        "input": list(input_shape or (3, 32, 32)),
+        "input": list(shape),
         "fingerprint": network.fingerprint,
         "costs": costs,
         "layers": [dataclasses.asdict(layer) for layer in found],
@@ -98,11 +94,7 @@ def slice_model(
     weights: Path | None = None,
 ) -> dict[str, Any]:
     """Slice a model by a plan file, check parity on random inputs, and write the network folder."""
-    classes = 10
-    if data is not None:
-        source = load_data(data)
-        input_shape, classes = input_shape or source.input_shape, len(source.classes)
-    shape = input_shape or (3, 32, 32)
+    shape, classes = shape_and_classes(data, input_shape)
     if weights is not None and is_network_folder(weights):
         network = Network.load(weights)
     else:

@@ -21,7 +21,7 @@ from bar_edge.methods import BAR, GateLayout, budget_limit, random_plan
 from bar_edge.methods.distillation import soft_cross_entropy
 from bar_edge.network import Network, count, is_network_folder, layers
 from bar_edge.records import Budget, ChannelPlan, read_json, write_json
-from bar_edge.specs import read_data, read_network, sample_images, with_weights
+from bar_edge.specs import portable, read_data, read_network, sample_images, with_weights
 from bar_edge.surgery import masked_outputs, relative_difference, slice_network
 from bar_edge.training import Distills, Journal, Phase, Progress, Task, evaluate, load_task, train
 from bar_edge_calibration import reestimate_batchnorm
@@ -35,6 +35,7 @@ class Run:
     """One RUN folder on its way; every stage is skipped if an interrupted run had finished it."""
 
     def __init__(self, config: RunConfig, out: Path, resume: bool, progress: Progress) -> None:
+        config = portable(config)
         self.config, self.out, self.progress = config, out, progress
         self.task: Task = load_task(config.task)
         self.data: DataSource = read_data(config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from pathlib import Path
 
 import torch
@@ -16,10 +18,25 @@ from bar_edge.network import Network, is_network_folder, trace
 SAMPLE_IMAGES = 64
 
 
+def portable(config: RunConfig) -> RunConfig:
+    """Return the configuration with paths relative to the working directory: none of this machine's is written down."""
+    named = {name: getattr(config, name) for name in ("model", "data", "weights", "teacher")}
+    paths = {name: os.path.relpath(value) for name, value in named.items() if value and os.path.isabs(value)}
+    return dataclasses.replace(config, **paths)
+
+
 def read_data(config: RunConfig) -> DataSource:
     """Load the data of a run's configuration."""
     train = config.train
     return load_data(config.data, seed=config.seed, workers=train.workers, size=train.image_size or None)
+
+
+def shape_and_classes(data: str | None, input_shape: tuple[int, ...] | None) -> tuple[tuple[int, ...], int]:
+    """Return input shape and number of classes: those of the data, or 3x32x32 and 10; a given shape wins."""
+    if data is None:
+        return input_shape or (3, 32, 32), 10
+    source = load_data(data)
+    return input_shape or source.input_shape, len(source.classes)
 
 
 def sample_images(data: DataSource, number: int = SAMPLE_IMAGES) -> Tensor:
