@@ -61,12 +61,10 @@ def test_modes_and_momentum_come_back_after_an_error():
 
 
 def test_networks_without_running_statistics_are_not_run():
-    def must_not_run():
-        raise AssertionError("a batch was read")
-        yield
-
-    reestimate_batchnorm(nn.Conv2d(1, 1, 1), must_not_run())
-    reestimate_batchnorm(nn.BatchNorm2d(1, track_running_stats=False), must_not_run())
+    for model in (nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1, track_running_stats=False)):
+        batches = iter([torch.zeros(2, 1, 3, 3)])
+        reestimate_batchnorm(model, batches)
+        assert len(list(batches)) == 1, "a batch was read"
 
 
 def test_no_batches():

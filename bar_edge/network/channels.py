@@ -240,8 +240,5 @@ RULES: dict[object, Rule] = {
     aten.mul.Tensor: _times_number,
 }
 
-#: activations f with f(s * x) = s * f(x) for s >= 0
-HOMOGENEOUS: frozenset[object] = frozenset({aten.relu.default, aten.leaky_relu.default})
-
 #: leaves that surgery makes; they are not the user's operators
 LEAVES = (MixedAdd, Expand)
