@@ -177,14 +177,14 @@ def test_parameters_of_no_module_are_counted_by_both() -> None:
     assert GateCost(GateLayout(network), "params").full == count(network).params
 
 
-def test_frozen_convolutions_count_in_full() -> None:
+def test_dead_groups_are_not_counted() -> None:
     module = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(8, 4, 1)
     )
     network = trace(module, torch.zeros(1, 3, 8, 8))
-    plan = ChannelPlan(network=network.fingerprint, kept={"0": (1, 2)})
+    plan = ChannelPlan(network=network.fingerprint, kept={"0": (1, 2)})  # both in the first group
     expected = hooked_counts(slice_network(network, plan), torch.zeros(1, 3, 8, 8))
     counts = count(network, plan)
     assert (counts.volume, counts.flops, counts.params) == expected
-    assert counts.volume == 64 * (2 + 8 + 4)
-    assert counts.flops == 2 * 64 * (9 * 3 * 2 + 9 * 4 * 8 + 8 * 4)
+    assert counts.volume == 64 * (2 + 4 + 4)
+    assert counts.flops == 2 * 64 * (9 * 3 * 2 + 9 * 2 * 4 + 4 * 4)

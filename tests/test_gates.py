@@ -90,7 +90,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 
 def gated(module: nn.Module) -> tuple[Network, GatedNetwork]:
     network = trace(module.eval(), torch.zeros(2, 3, 8, 8).to(next(module.parameters())))
-    return network, GatedNetwork(network, seed=5).double().eval()
+    return network, GatedNetwork(GateLayout(network), seed=5).double().eval()
 
 
 def set_gates(net: GatedNetwork, low: float, high: float, seed: int = 0) -> None:
@@ -185,7 +185,7 @@ def test_gates_of_zero_and_one_are_the_reference_mask() -> None:
 def test_both_decisions(decision: hard_concrete.GateDecision) -> None:
     module = randomise(NETS["resnet20"]().double())
     network = trace(module.eval(), torch.zeros(2, 3, 8, 8).double())
-    net = GatedNetwork(network, decision=decision).double().eval()
+    net = GatedNetwork(GateLayout(network), decision=decision).double().eval()
     set_gates(net, -3, 3)
     images = contrasting(3, 3, 8, 8)
     with torch.no_grad():
@@ -218,7 +218,7 @@ class Block(nn.Module):
 def test_a_sampled_gate_multiplies_the_norms_output() -> None:
     module = randomise(Block().double()).train()
     network = trace(module, torch.zeros(2, 3, 8, 8).double())
-    net = GatedNetwork(network, seed=3).double().train()
+    net = GatedNetwork(GateLayout(network), seed=3).double().train()
     set_gates(net, -2, 2)
     z = factors_of(net)
     assert ((z > 0) & (z < 1)).any() and (z == 0).any()
@@ -254,7 +254,7 @@ class PreActivation(nn.Module):
 def test_sampled_gates_of_a_pre_activation_stream_are_masked_again() -> None:
     module = randomise(PreActivation().double()).train()
     network = trace(module, torch.zeros(2, 3, 8, 8).double())
-    net = GatedNetwork(network, seed=1).double().train()
+    net = GatedNetwork(GateLayout(network), seed=1).double().train()
     set_gates(net, -3, 1)
     values = factors_of(net)
     z = {name: values[first : first + n].view(1, -1, 1, 1) for name, (first, n) in net.layout.offsets.items()}
@@ -275,7 +275,7 @@ def test_noise_is_that_of_seed_step_and_pass() -> None:
     images = torch.randn(2, 3, 8, 8)
 
     def draws(seed: int, step: int, passes: int = 2) -> list[Tensor]:
-        net = GatedNetwork(network, seed=seed)
+        net = GatedNetwork(GateLayout(network), seed=seed)
         net.gates.step = step
         torch.rand(7)  # whatever else uses torch's generator changes nothing
         return [net.gates._noise() for _ in range(passes)]
@@ -284,14 +284,14 @@ def test_noise_is_that_of_seed_step_and_pass() -> None:
     first, second = draws(1, 4)
     assert not torch.equal(first, second)
     assert not torch.equal(first, draws(2, 4)[0]) and not torch.equal(first, draws(1, 5)[0])
-    net = GatedNetwork(network, seed=1).train()
+    net = GatedNetwork(GateLayout(network), seed=1).train()
     state = torch.get_rng_state()
     net(images)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_evaluation_takes_no_noise_and_follows_the_gates() -> None:
-    net = GatedNetwork(trace(randomise(Block()), torch.zeros(2, 3, 8, 8))).eval()
+    net = GatedNetwork(GateLayout(trace(randomise(Block()), torch.zeros(2, 3, 8, 8)))).eval()
     images = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         set_gates(net, -2, 3)

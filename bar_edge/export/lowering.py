@@ -36,7 +36,7 @@ def lower(network: Network, form: Lowering) -> Network:
     if form == "regular":
         network = regular_form(network)
     elif form == "zero-filled":
-        network = widen(network, filled_placements(passages(network)))
+        network = widen(network, filled_placements(network, passages(network)))
     elif form not in LOWERINGS:
         raise InputError(f"a lowering: {', '.join(LOWERINGS)}", got=repr(form), remedy="choose one of these")
     return _Lowerer(network, literal=form == "paper").run()
@@ -46,7 +46,7 @@ class _Lowerer:
     def __init__(self, network: Network, literal: bool) -> None:
         self.network, self.literal = network, literal
         self.found = passages(network)
-        self.places = stream_placements(self.found) if literal else {}
+        self.places = stream_placements(network, self.found) if literal else {}
         self.root, self.graph = network.body, fx.Graph()
         self.made: dict[fx.Node, fx.Node] = {}
         self.whole: dict[fx.Node, fx.Node] = {}  # streams at the width of their union, for `paper`
@@ -63,7 +63,7 @@ class _Lowerer:
             elif isinstance(module, Expand):
                 self.made[node] = self._expand(module, self._live(node.all_input_nodes[0]))
             elif source in self.whole and passage is not None and is_identity(passage) and node.op == "call_function":
-                if not passage.keeps_zero:
+                if not passage.keeps_zero or passage.axis != 1:
                     self.made[node] = self.graph.node_copy(node, self._live)
                 else:  # an activation on the stream, idempotent on what was not written
                     self.whole[node] = self.graph.node_copy(node, lambda n: self.whole[n])
@@ -89,6 +89,13 @@ class _Lowerer:
 
     def _paper(self, node: fx.Node) -> None:
         a, b = node.all_input_nodes
+        if node not in self.places:  # a stream that stays at its own width: scattered here alone
+            module = self.network.module_of(node)
+            assert isinstance(module, MixedAdd)
+            first = self._scattered(self._live(a), 1, module.width, module.positions_a)
+            index = self._index(module.positions_b)
+            self.made[node] = self.graph.call_function(scatter_add, (first, index, self._live(b)))
+            return
         if a not in self.whole:
             place = self.places[a]
             self.whole[a] = self._scattered(self.made[a], 1, place.width, place.positions)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from bar_edge.network import MixedAdd, Network
-from bar_edge.network.channels import Passages, passages
+from bar_edge.network.channels import Passage, Passages, called_again, is_constant, is_depthwise, passages
 from bar_edge.network.codec import attach
+from bar_edge.network.movement import MOVEMENTS
 from bar_edge.surgery.order import is_identity, streams
 
 aten = torch.ops.aten
@@ -25,13 +26,17 @@ class Placement:
     positions: tuple[int, ...]
 
 
-def stream_placements(found: Passages) -> dict[fx.Node, Placement]:
+def stream_placements(network: Network, found: Passages) -> dict[fx.Node, Placement]:
     """Return for every tensor of a residual stream its channels' places in the union over the whole stream.
 
-    Channels that meet in an addition are one channel; the union is ordered by first appearance.
+    Channels that meet in an addition are one channel; the union is ordered by first appearance. Streams
+    that pass through something that cannot be made wider (a grouped convolution, a norm over channels, a
+    module that is called twice) are left as they are.
     """
     stream = streams(found)
     joined = {stream[node] for node, passage in found.items() if passage.kind == "add"}
+    again = called_again(network)
+    joined -= {stream[node] for node in found if str(node.target) in again}
     start: dict[fx.Node, int] = {}
     total = 0
     for node, passage in found.items():
@@ -57,30 +62,57 @@ def stream_placements(found: Passages) -> dict[fx.Node, Placement]:
             ranks = rank.setdefault(stream[node], {})
             roots = [root(start[node] + i) for i in range(passage.width)]
             places[node] = [ranks.setdefault(r, len(ranks)) for r in roots]
-    return {node: Placement(len(rank[stream[node]]), tuple(p)) for node, p in places.items()}
+    found_places = {node: Placement(len(rank[stream[node]]), tuple(p)) for node, p in places.items()}
+    fixed = {stream[n] for n, place in found_places.items() if not _is_whole(place) and not _can_widen(network, found[n], n)}
+    return {node: place for node, place in found_places.items() if stream[node] not in fixed}
 
 
-def filled_placements(found: Passages) -> dict[fx.Node, Placement]:
+def _can_widen(network: Network, passage: Passage, node: fx.Node) -> bool:
+    """Tell whether a tensor may hold more channels, zeros: if a layer, a sum or an operator on each alone makes it."""
+    module = network.module_of(node)
+    if passage.kind == "read":
+        return _plain_reader(passage, module)
+    if passage.kind == "add":
+        return _plain_sum(network, passage, node)
+    if module is not None:
+        return isinstance(module, nn.modules.batchnorm._BatchNorm | nn.Dropout) or is_depthwise(module)
+    moved = node.target in MOVEMENTS or any(is_constant(n) for n in node.all_input_nodes)
+    return passage.kind == "map" and is_identity(passage) and not moved
+
+
+def _plain_reader(passage: Passage, module: nn.Module | None) -> bool:
+    return passage.groups == 1 and isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def _plain_sum(network: Network, passage: Passage, node: fx.Node) -> bool:
+    if isinstance(network.module_of(node), MixedAdd):
+        return True
+    shapes = {network.shapes[source.name] for source in node.all_input_nodes if source.name in network.shapes}
+    return node.target is aten.add.Tensor and len(passage.links) == 2 and passage.axis == 1 and len(shapes) == 1
+
+
+def filled_placements(network: Network, found: Passages) -> dict[fx.Node, Placement]:
     """Return placements in which every block writes all channels of the stream so far, zeros where it had none.
 
     Only where the writer is a convolution, followed by per-channel operators, that nobody else reads.
     """
     places: dict[fx.Node, Placement] = {}
-    for passage in found.values():
-        if passage.kind != "add":
+    for add, passage in found.items():
+        if passage.kind != "add" or not _plain_sum(network, passage, add):
             continue
         link = passage.links[-1]
         chain = [link.source]
         while len(chain[-1].users) == 1 and is_identity(found[chain[-1]]):
             chain.append(found[chain[-1]].links[0].source)
-        if len(chain[-1].users) == 1 and found[chain[-1]].kind == "read":
+        widened = all(_can_widen(network, found[node], node) for node in chain)
+        if widened and len(chain[-1].users) == 1 and found[chain[-1]].kind == "read":
             places |= {node: Placement(passage.width, tuple(link.outputs.tolist())) for node in chain}
     return places
 
 
 def regular_form(network: Network) -> Network:
     """Return the network as regular residual blocks: all tensors of a stream hold the union of its channels."""
-    return widen(network, stream_placements(passages(network)))
+    return widen(network, stream_placements(network, passages(network)))
 
 
 def widen(network: Network, places: dict[fx.Node, Placement]) -> Network:
@@ -98,13 +130,13 @@ class _Widener:
         for node in self.network.nodes:
             passage, module = self.found.get(node), self.network.module_of(node)
             kind = passage.kind if passage is not None else "opaque"
-            if kind == "read" and module is not None:
+            if passage is not None and kind == "read" and _plain_reader(passage, module) and module is not None:
                 source = node.all_input_nodes[0]
                 attach(
                     self.root, str(node.target), _wide_reader(module, self.places.get(node), self.places.get(source))
                 )
                 self.made[node] = self.graph.call_module(str(node.target), (self.made[source],))
-            elif kind == "add" and passage is not None:
+            elif kind == "add" and passage is not None and _plain_sum(self.network, passage, node):
                 self._add(node, [link.source for link in passage.links], [link.outputs for link in passage.links])
             elif (
                 passage is not None

@@ -16,7 +16,7 @@ from bar_edge.methods.distillation import Distill, distillation_loss, soft_cross
 from bar_edge.methods.gate_optimizer import GATE_OPTIMIZERS, GateOptimizer
 from bar_edge.methods.gates import GatedNetwork, fold
 from bar_edge.methods.layout import GateLayout
-from bar_edge.methods.projection import budget_limit, project, protected_layers
+from bar_edge.methods.projection import budget_limit, project, protected_gates
 from bar_edge.network import Network, trace
 from bar_edge.records import Budget, ChannelPlan
 from bar_edge.surgery import slice_network
@@ -27,7 +27,7 @@ class BAR:
 
     model: a module or Network, copied. example_input: (N, ...), for tracing. budget: "16x", "25%:flops",
     "194560act". steps: optimiser steps of the pruning phase. teacher: distilled from, in eval mode, if
-    given. Raises InputError for a budget below the smallest feasible cost.
+    given. keep, round_to: see GateLayout. Raises InputError for a budget below the smallest feasible cost.
 
     Use `network` as the model, pass the outputs through `loss`, step your own optimiser over `weights()`,
     then call `step()`; `slice()` ends it.
@@ -44,6 +44,8 @@ class BAR:
         config: BarConfig | None = None,
         distill: DistillConfig | None = None,
         soft_loss: Distill = soft_cross_entropy,
+        keep: tuple[str, ...] = (),
+        round_to: int = 1,
         seed: int = 0,
     ) -> None:
         self.config, self.distill, self.soft_loss = config or BarConfig(), distill or DistillConfig(), soft_loss
@@ -53,8 +55,8 @@ class BAR:
             assert example_input is not None, "a plain module needs an example input"
             dense = trace(model, example_input)
         self.dense = dense
-        self.network = GatedNetwork(dense, decision=self.config.gate_decision, seed=seed).train()
-        self.layout: GateLayout = self.network.layout
+        self.layout = GateLayout(dense, keep=keep, round_to=round_to)
+        self.network = GatedNetwork(self.layout, decision=self.config.gate_decision, seed=seed).train()
         self.budget = Budget.parse(budget)
         limit = budget_limit(self.layout, self.budget)
         self.teacher = teacher.eval() if teacher is not None else None
@@ -69,7 +71,7 @@ class BAR:
             slack=c.slack,
             margin=c.margin,
         )
-        self.protected = [self.layout.offsets[name] for name in protected_layers(self.layout, self.budget.metric)]
+        self.protected = protected_gates(self.layout, self.budget.metric)
         gates = self.network.gates
         with torch.no_grad():
             gates.log_alpha.copy_(_start(self.layout, dense, c, seed))
@@ -125,9 +127,9 @@ class BAR:
         before = gates.opened()
         if gates.log_alpha.grad is not None and bool(gates.log_alpha.grad.isfinite().all()):
             self.optimizer.step(gates.log_alpha.grad, self._cost_gradient, self._stats["barrier"], self.weight)
-        for first, n in self.protected:
-            own = gates.log_alpha[first : first + n]
-            own[own.argmax()] = own.max().clamp(min=self.config.protect_floor)
+        for ids, n in self.protected:
+            best = ids.to(gates.log_alpha.device)[torch.topk(gates.log_alpha[ids.to(gates.log_alpha.device)], n).indices]
+            gates.log_alpha[best] = gates.log_alpha[best].clamp(min=self.config.protect_floor)
         gates.log_alpha.grad = None
         gates.step, gates.passes = gates.step + 1, 0
         self._stats["flips"] = (before != gates.opened()).sum()

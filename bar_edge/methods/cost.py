@@ -30,66 +30,54 @@ class GateCost(nn.Module):
 
     def __init__(self, layout: GateLayout, metric: Metric) -> None:
         super().__init__()
-        tensors: dict[fx.Node, int] = {}
-        rows: list[tuple[int, int, float, float]] = []
+        rows = _Rows(layout)
+        entries: list[tuple[int, int, float, float]] = []
         self.constant = 0.0
         if metric == "params":
-            self.constant += loose_params(layout.network)
+            self.constant += loose_params(layout.network, layout.found)
         counted: set[str] = set()
         for unit in units(layout.network, layout.found):
+            if metric == "params" and unit.node.op == "call_module":
+                if str(unit.node.target) in counted:
+                    continue
+                counted.add(str(unit.node.target))
+                self.constant += unit.constant
             out_rate = {"volume": unit.area, "params": unit.vectors}.get(metric, 0)
             pair_rate = {"flops": unit.flop_rate, "params": unit.weights}.get(metric, 0)
-            if metric == "params" and str(unit.node.target) not in counted:
-                self.constant += unit.constant
-                counted.add(str(unit.node.target))
-            n_out = tensors.setdefault(unit.node, len(tensors))
             if unit.alone:
-                out_rate, pair_rate, n_in = out_rate + pair_rate, 0, n_out
-            else:
-                n_in = tensors.setdefault(unit.source, len(tensors)) if pair_rate else n_out
-            if out_rate or pair_rate:
-                rows.append((n_in, n_out, out_rate, pair_rate))
-        # channels with one writer need no product: their probability is the gate's
-        single_gate, single_row, slot_gate, slot, slot_row, always = [], [], [], [], [], torch.zeros(len(tensors))
-        slots = 0
-        for node, row in tensors.items():
-            w = layout.writers[node]
-            always[row] = w.always.sum()
-            free = w.always[w.channel] == 0
-            gate, channel = w.gate[free], w.channel[free]
-            if len(torch.unique(channel)) == len(channel):
-                single_gate.append(gate)
-                single_row.append(torch.full_like(gate, row))
-            else:
-                channels, place = torch.unique(channel, return_inverse=True)
-                slot_gate.append(gate)
-                slot.append(place + slots)
-                slot_row.append(torch.full_like(channels, row))
-                slots += len(channels)
-
+                out_rate, pair_rate = out_rate + pair_rate, 0
+            for group in range(unit.groups if pair_rate else 1):
+                n_out = rows.of(unit.node, group, unit.groups if pair_rate else 1)
+                n_in = n_out
+                if pair_rate and unit.in_width is not None:
+                    n_in = rows.constant(unit.in_width // unit.groups)
+                elif pair_rate:
+                    n_in = rows.of(unit.source, group, unit.groups)
+                if out_rate or pair_rate:
+                    entries.append((n_in, n_out, out_rate, pair_rate))
         def join(parts: list[Tensor]) -> Tensor:
             return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
-        rows_in, rows_out, out_rates, pair_rates = zip(*rows, strict=True)
+        rows_in, rows_out, out_rates, pair_rates = zip(*entries, strict=True) if entries else ((), (), (), ())
         for name, value in {
-            "always": always.double(),
-            "single_gate": join(single_gate),
-            "single_row": join(single_row),
-            "slot_gate": join(slot_gate),
-            "slot": join(slot),
-            "slot_row": join(slot_row),
-            "n_in": torch.tensor(rows_in),
-            "n_out": torch.tensor(rows_out),
+            "always": torch.tensor(rows.always, dtype=torch.float64),
+            "single_gate": join(rows.single_gate),
+            "single_row": join(rows.single_row),
+            "slot_gate": join(rows.slot_gate),
+            "slot": join(rows.slot),
+            "slot_row": join(rows.slot_row),
+            "n_in": torch.tensor(rows_in, dtype=torch.int64),
+            "n_out": torch.tensor(rows_out, dtype=torch.int64),
             "out_rate": torch.tensor(out_rates, dtype=torch.float64),
             "pair_rate": torch.tensor(pair_rates, dtype=torch.float64),
         }.items():
             self.register_buffer(name, value, persistent=False)
-        self.slots = slots
+        self.slots, self.layout = rows.slots, layout
         self.full = self.hard(torch.ones(layout.size, dtype=torch.bool))
 
     def expected(self, probability: Tensor) -> Tensor:
         """Return the expected cost, differentiable in the gates' probabilities (gates,) of being open."""
-        p = probability.double()
+        p = self.layout.extended_probability(probability.double())
         alive = self.always.index_add(0, self.single_row, p[self.single_gate])
         if self.slots:
             closed = p.new_zeros(self.slots).index_add(0, self.slot, torch.log1p(-p[self.slot_gate]))
@@ -101,3 +89,45 @@ class GateCost(nn.Module):
     def hard(self, opened: Tensor) -> float:
         """Return the cost with the given gates open, (gates,) bool."""
         return float(self.expected(opened.double()))
+
+
+class _Rows:
+    """Numbers of alive channels, of tensors or of one group of them, as sums over gates."""
+
+    def __init__(self, layout: GateLayout) -> None:
+        self.layout, self.known = layout, dict[object, int]()
+        self.always: list[float] = []
+        self.single_gate: list[Tensor] = []
+        self.single_row: list[Tensor] = []
+        self.slot_gate: list[Tensor] = []
+        self.slot: list[Tensor] = []
+        self.slot_row: list[Tensor] = []
+        self.slots = 0
+
+    def constant(self, width: int) -> int:
+        """Return the row of a number that no gate changes."""
+        if width not in self.known:
+            self.known[width] = len(self.always)
+            self.always.append(width)
+        return self.known[width]
+
+    def of(self, node: fx.Node, group: int, groups: int) -> int:
+        """Return the row of a tensor's channels in one of `groups` equal runs."""
+        node = self.layout.follows.get(node, node)
+        if (node, group, groups) in self.known:
+            return self.known[node, group, groups]
+        self.known[node, group, groups] = row = len(self.always)
+        w, width = self.layout.writers[node], self.layout.found[node].width // groups
+        self.always.append(float(w.always.view(groups, -1)[group].sum()))
+        free = (w.always[w.channel] == 0) & (w.channel // width == group)
+        gate, channel = w.gate[free], w.channel[free]
+        if len(torch.unique(channel)) == len(channel):  # one writer each: their probability is the gate's
+            self.single_gate.append(gate)
+            self.single_row.append(torch.full_like(gate, row))
+        else:
+            channels, place = torch.unique(channel, return_inverse=True)
+            self.slot_gate.append(gate)
+            self.slot.append(place + self.slots)
+            self.slot_row.append(torch.full_like(channels, row))
+            self.slots += len(channels)
+        return row

@@ -20,6 +20,7 @@ from bar_edge.methods import hard_concrete
 from bar_edge.methods.hard_concrete import GateDecision
 from bar_edge.methods.layout import GateLayout, Writers
 from bar_edge.network import Network
+from bar_edge.network.channels import TRANSPOSED
 from bar_edge.network.liveness import held_channels
 from bar_edge.network.network import unflatten
 
@@ -46,9 +47,9 @@ class ScaledNorm(nn.Module):
 
 
 class ScaledConv(nn.Module):
-    """Convolution whose output is multiplied by a scale per channel; x: (N, C_in, ...), scale: (C_out,)."""
+    """Convolution or linear layer whose output is multiplied by a scale per channel; scale: (C_out,)."""
 
-    def __init__(self, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+    def __init__(self, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) -> None:
         super().__init__()
         self.conv = conv
 
@@ -56,8 +57,8 @@ class ScaledConv(nn.Module):
         """Return scale * conv(x)."""
         c = self.conv
         weight = c.weight * scale.view(-1, *[1] * (c.weight.ndim - 1))
-        out: Tensor = c._conv_forward(x, weight, None if c.bias is None else c.bias * scale)
-        return out
+        bias = None if c.bias is None else c.bias * scale
+        return F.linear(x, weight, bias) if isinstance(c, nn.Linear) else c._conv_forward(x, weight, bias)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ class Gates(nn.Module):
         if not self.training:
             return tuple(self._deterministic())
         z = hard_concrete.sample(self.log_alpha, self._noise())
-        opened = (z.detach() > 0).to(z.dtype)
+        opened = self.layout.extended((z.detach() > 0).to(z.dtype))
         return tuple(z[s.first : s.first + s.n] if s.mask is None else s.mask.alive(opened) for s in self.sites)
 
     def opened(self) -> Tensor:
@@ -112,11 +113,9 @@ class Gates(nn.Module):
         if self._eval is None or self._eval[0] != key:
             held = held_channels(self.layout.network, self.layout.kept(self.opened()), self.layout.found)
             z, device = self.values(), self.log_alpha.device
-            names = {first: name for name, (first, _) in self.layout.offsets.items()}
             factors = []
             for site in self.sites:
-                node = self.layout.node(names[site.first]) if site.mask is None else site.node
-                alive = held[node].to(device, z.dtype)
+                alive = held[site.node].to(device, z.dtype)
                 factors.append(z[site.first : site.first + site.n] * alive if site.mask is None else alive)
             self._eval = (key, factors)
         return self._eval[1]
@@ -131,11 +130,11 @@ class Gates(nn.Module):
 
 
 class GatedNetwork(nn.Module):
-    """A network with gates inside; it shares the modules, hence the weights, of the Network it was made from."""
+    """A network with gates inside; it shares the modules, hence the weights, of the layout's Network."""
 
-    def __init__(self, network: Network, *, decision: GateDecision = "louizos", seed: int = 0) -> None:
+    def __init__(self, layout: GateLayout, *, decision: GateDecision = "louizos", seed: int = 0) -> None:
         super().__init__()
-        self.layout = GateLayout(network)
+        self.layout, network = layout, layout.network
         self.out_spec = network.out_spec
         sites = _sites(self.layout)
         self.gates = Gates(self.layout, sites, decision, seed)
@@ -152,16 +151,17 @@ def _sites(layout: GateLayout) -> list[Site]:
     by_name = {str(node.target): node for node in found if node.op == "call_module"}
     sites, taken = [], set[fx.Node]()
     for name, (first, n) in layout.offsets.items():
-        for target in layout.followers(name) or [name]:
-            sites.append(Site(by_name[target], first, n, None))
-            taken.add(by_name[target])
+        for target in [by_name[norm] for norm in layout.followers(name)] or layout.calls(name):
+            sites.append(Site(target, first, n, None))
+            taken.add(target)
     for node, passage in found.items():
         writers = layout.writers[node]
         source = node.all_input_nodes[0] if passage.kind == "read" else None
         if source is not None and str(node.target) not in layout.offsets and not layout.writers[source].always.any():
             # an ungated reader stops with its last input; only final gates can shut a layer for good
             sites.append(Site(node, 0, 0, writers))
-        if passage.kind == "map" and not passage.keeps_zero and node not in taken and not writers.always.all():
+        masked = passage.kind in ("map", "norm") and not passage.keeps_zero
+        if masked and node not in taken and not writers.always.all():
             sites.append(Site(node, 0, 0, writers))
     return sites
 
@@ -202,27 +202,35 @@ def _insert(network: Network, gates: Gates, sites: list[Site]) -> fx.GraphModule
 def _scaled(module: nn.Module | None, site: Site) -> nn.Module | None:
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
         return ScaledNorm(module)
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):  # a masked depthwise bias is scaled like an own gate
+    own = isinstance(module, nn.Linear) and site.mask is None
+    if own or isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):  # a masked depthwise bias is scaled like an own gate
         return ScaledConv(module)
     return None
 
 
 def fold(network: Network, gated: GatedNetwork) -> None:
     """Multiply the deterministic gates into the network's own weights, in place: the function stays the same."""
-    z = gated.gates.values()
+    z, done = gated.gates.values(), set[str]()
     with torch.no_grad():
         for site in gated.gates.sites:
-            if site.mask is not None:
+            if site.mask is not None or str(site.node.target) in done:
                 continue
+            done.add(str(site.node.target))
             module, factor = network.module_of(_same_node(network, site.node)), z[site.first : site.first + site.n]
             assert module is not None
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.affine:
                 module.affine = True
                 module.weight = nn.Parameter(torch.ones_like(factor))
                 module.bias = nn.Parameter(torch.zeros_like(factor))
-            for value in (module.weight, module.bias):
-                if isinstance(value, Tensor):
-                    value.mul_(factor.to(value.device).view(-1, *[1] * (value.ndim - 1)))
+            weight, bias = module.weight, module.bias
+            assert isinstance(weight, Tensor)
+            if isinstance(module, TRANSPOSED):  # (in, out per group, ...)
+                per_input = factor.view(module.groups, -1).repeat_interleave(len(weight) // module.groups, 0)
+                weight.mul_(per_input.to(weight.device).view(*weight.shape[:2], *[1] * (weight.ndim - 2)))
+            else:
+                weight.mul_(factor.to(weight.device).view(-1, *[1] * (weight.ndim - 1)))
+            if isinstance(bias, Tensor):
+                bias.mul_(factor.to(bias.device))
 
 
 def _same_node(network: Network, node: fx.Node) -> fx.Node:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+import math
 
 import torch
 from torch import Tensor, fx, nn
 
+from bar_edge.errors import InputError
 from bar_edge.network import Network, prunable
-from bar_edge.network.channels import Link, Passages, passages
+from bar_edge.network.channels import Link, Passage, Passages, called_again, is_whole, passages
+from bar_edge.network.cost import scaled_by
 from bar_edge.records import ChannelPlan
+from bar_edge.surgery.order import is_identity
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,79 +30,167 @@ class Writers:
         always = self.always.to(opened)
         return always.index_add(0, self.channel.to(opened.device), opened[self.gate.to(opened.device)]).clamp(max=1)
 
+    def probability(self, p: Tensor) -> Tensor:
+        """Return the probability (width,) that a channel has an open writer; p: (gates,) of being open."""
+        closed = torch.log1p(-p[self.gate.to(p.device)])
+        nobody = torch.zeros_like(self.always, dtype=p.dtype, device=p.device)
+        return 1 - (1 - self.always.to(p)) * nobody.index_add(0, self.channel.to(p.device), closed).exp()
+
 
 class GateLayout:
-    """All gates of a network in one vector: one per output channel of every prunable convolution.
+    """All gates of a network in one vector: one per output channel of every prunable layer.
 
-    offsets: convolution name -> (first gate, number of gates), in graph order. writers: per tensor.
+    keep: patterns of layer names (`head.*`, fnmatch) that are not pruned, or that keep at least so many
+    channels (`stages.0.*=8`). round_to: widths end as multiples of it. offsets: layer name -> (first gate,
+    number of gates), in graph order. writers: per tensor, over gates and products. A product of two tensors
+    that are both gated has one entry per channel behind the gates (`extended`). Raises InputError for a
+    pattern that fits no layer.
     """
 
-    def __init__(self, network: Network) -> None:
-        self.network, self.found = network, passages(network)
+    def __init__(self, network: Network, *, keep: tuple[str, ...] = (), round_to: int = 1) -> None:
+        self.network, self.found, self.round_to = network, passages(network), round_to
         reasons = prunable(network, self.found)
+        whole, self.least = _kept_layers(reasons, keep)
         self.offsets: dict[str, tuple[int, int]] = {}
         self.size = 0
+        self.follows: dict[fx.Node, fx.Node] = {}
         for node, passage in self.found.items():
-            if passage.kind == "read" and reasons.get(str(node.target)) == "":
-                self.offsets[str(node.target)] = (self.size, passage.width)
+            name = str(node.target)
+            if passage.kind != "read" or name in whole or name in self.offsets:
+                continue
+            if reasons[name] == "":
+                self.offsets[name] = (self.size, passage.width)
                 self.size += passage.width
-        self.writers = _all_writers(self.found, self.offsets)
+            elif (product := scaled_by(network, self.found, node)) is not None:
+                self.follows[node] = product
+        self.products: list[tuple[Writers, Writers]] = []
+        self.writers = self._all_writers()
+        self.groups = _groups(network, self.found, self.offsets)
 
     def plan(self, opened: Tensor) -> ChannelPlan:
         """Return the plan that keeps the open gates; opened: (gates,) bool."""
         return ChannelPlan(network=self.network.fingerprint, kept=self.kept(opened))
 
     def kept(self, opened: Tensor) -> dict[str, tuple[int, ...]]:
-        """Return the kept channels of every gated convolution by name."""
+        """Return the kept channels of every gated layer by name."""
         flags = opened.cpu()
         return {
             name: tuple(flags[first : first + n].nonzero().flatten().tolist())
             for name, (first, n) in self.offsets.items()
         }
 
+    def extended(self, opened: Tensor) -> Tensor:
+        """Return the gates (gates,) of 0 and 1 with the channels of products appended."""
+        for a, b in self.products:
+            opened = torch.cat([opened, a.alive(opened) * b.alive(opened)])
+        return opened
+
+    def extended_probability(self, p: Tensor) -> Tensor:
+        """Return the gates' probabilities (gates,) with those of products appended."""
+        for a, b in self.products:
+            p = torch.cat([p, a.probability(p) * b.probability(p)])
+        return p
+
+    def calls(self, name: str) -> list[fx.Node]:
+        """Return the calls of a gated layer."""
+        return [node for node in self.found if node.op == "call_module" and node.target == name]
+
     def node(self, name: str) -> fx.Node:
-        """Return the call of a gated convolution."""
-        return next(node for node in self.found if node.op == "call_module" and node.target == name)
+        """Return the first call of a gated layer."""
+        return self.calls(name)[0]
 
     def followers(self, name: str) -> list[str]:
-        """Return the BatchNorms on which the gates of a convolution act, [] if on its own filters.
+        """Return the BatchNorms on which the gates of a layer act, [] if on its own filters.
 
         The BatchNorm that alone reads it; or all its readers if they are BatchNorms (pre-activation: a
         factor before them would be normalised away, so it acts after them).
         """
         users = list(self.node(name).users)
         norms = [u for u in users if isinstance(self.network.module_of(u), nn.modules.batchnorm._BatchNorm)]
+        again = called_again(self.network)
         ruled = len(norms) == len(users) and all(self.found[u].kind == "map" for u in norms)
+        ruled = ruled and not again & {name, *(str(u.target) for u in norms)}
         return [str(u.target) for u in norms] if ruled else []
 
+    def _all_writers(self) -> dict[fx.Node, Writers]:
+        writers: dict[fx.Node, Writers] = {}
+        none = torch.zeros(0, dtype=torch.int64)
+        end = self.size
+        for node, passage in self.found.items():
+            gate, channel, always = none, none, torch.zeros(passage.width)
+            if passage.kind == "read" and str(node.target) in self.offsets:
+                first, n = self.offsets[str(node.target)]
+                gate, channel = torch.arange(first, first + n), torch.arange(n)
+            elif passage.kind == "read" or is_whole(passage):
+                always = torch.ones(passage.width)
+            elif passage.kind == "mul":
+                writers[node], end = self._product(passage, writers, end)
+                continue
+            for link in passage.links:
+                through = _follow(writers[link.source], link, passage.width)
+                gate, channel = torch.cat([gate, through.gate]), torch.cat([channel, through.channel])
+                always = always.maximum(through.always)
+            writers[node] = Writers(*_once(gate, channel, passage.width), always)
+        return writers
 
-def _all_writers(found: Passages, offsets: dict[str, tuple[int, int]]) -> dict[fx.Node, Writers]:
-    writers: dict[fx.Node, Writers] = {}
-    none = torch.zeros(0, dtype=torch.int64)
+    def _product(self, passage: Passage, writers: dict[fx.Node, Writers], end: int) -> tuple[Writers, int]:
+        """Return the writers of a product: its only gated operand's, else new entries behind the gates."""
+        factors = [_follow(writers[link.source], link, passage.width) for link in passage.links]
+        gated = [w for w in factors if not w.always.all()] or factors[:1]
+        if len(gated) == 1 or (torch.equal(gated[0].gate, gated[1].gate) and torch.equal(gated[0].channel, gated[1].channel)):
+            return gated[0], end
+        self.products.append((gated[0], gated[1]))
+        every = torch.arange(passage.width)
+        return Writers(end + every, every, gated[0].always * gated[1].always), end + passage.width
+
+
+def _kept_layers(reasons: dict[str, str], keep: tuple[str, ...]) -> tuple[set[str], dict[str, int]]:
+    """Return the layers that stay whole and the least widths of others."""
+    whole, least = set[str](), dict[str, int]()
+    for item in keep:
+        pattern, _, number = item.partition("=")
+        names = fnmatch.filter(reasons, pattern)
+        if not names or (number and not number.isdigit()):
+            raise InputError(
+                "--keep PATTERN or PATTERN=WIDTH, with a pattern that fits a convolution or linear layer",
+                got=item,
+                consequence="nothing was started",
+                remedy=f"`bar-edge inspect` lists the names, as {', '.join(list(reasons)[:3])}",
+            )
+        if number:
+            least |= {name: max(int(number), least.get(name, 0)) for name in names}
+        else:
+            whole |= set(names)
+    return whole, {name: n for name, n in least.items() if reasons[name] == "" and name not in whole}
+
+
+def _groups(network: Network, found: Passages, offsets: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """Return in how many equal runs the channels of gated layers are read or made by grouped convolutions."""
+    groups: dict[str, int] = {}
     for node, passage in found.items():
-        gate, channel, always = none, none, torch.zeros(passage.width)
-        if passage.kind == "read" and str(node.target) in offsets:
-            first, n = offsets[str(node.target)]
-            gate, channel = torch.arange(first, first + n), torch.arange(n)
-        elif passage.kind in ("source", "read", "opaque"):
-            always = torch.ones(passage.width)
-        for link in passage.links:
-            g, c = _follow(writers[link.source], link)
-            gate, channel = torch.cat([gate, g]), torch.cat([channel, c])
-            always[link.outputs] = always[link.outputs].maximum(writers[link.source].always[link.inputs])
-        if len(passage.links) > 1 and len(gate):
-            pairs = torch.unique(gate * passage.width + channel)
-            gate, channel = pairs // passage.width, pairs % passage.width
-        writers[node] = Writers(gate, channel, always)
-    return writers
+        if passage.kind != "read" or passage.groups == 1:
+            continue
+        source = node.all_input_nodes[0]
+        while is_identity(found[source]):
+            source = found[source].links[0].source
+        for name in {str(node.target), str(source.target)} & offsets.keys():
+            groups[name] = math.lcm(groups.get(name, 1), passage.groups)
+    return {name: g for name, g in groups.items() if offsets[name][1] % g == 0}
 
 
-def _follow(writers: Writers, link: Link) -> tuple[Tensor, Tensor]:
-    """Return the (gate, channel) pairs of a tensor as seen through a link."""
+def _once(gate: Tensor, channel: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    pairs = torch.unique(gate * width + channel)
+    return pairs // width, pairs % width
+
+
+def _follow(writers: Writers, link: Link, width: int) -> Writers:
+    """Return the writers of a tensor's channels as seen through a link."""
     order = torch.argsort(writers.channel, stable=True)
-    channel, gate = writers.channel[order], writers.gate[order]
-    first = torch.searchsorted(channel, link.inputs)
-    number = torch.searchsorted(channel, link.inputs, right=True) - first
-    entry = torch.repeat_interleave(torch.arange(len(link.inputs)), number)
+    channel, gate = writers.channel[order].contiguous(), writers.gate[order]
+    inputs = link.inputs.contiguous()
+    first = torch.searchsorted(channel, inputs)
+    number = torch.searchsorted(channel, inputs, right=True) - first
+    entry = torch.repeat_interleave(torch.arange(len(inputs)), number)
     within = torch.arange(len(entry)) - torch.repeat_interleave(number.cumsum(0) - number, number)
-    return gate[first[entry] + within], link.outputs[entry]
+    always = torch.zeros(width).index_add(0, link.outputs, writers.always[inputs]).clamp(max=1)
+    return Writers(gate[first[entry] + within], link.outputs[entry], always)

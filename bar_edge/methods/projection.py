@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, fx
 
 from bar_edge.errors import InputError
 from bar_edge.methods.layout import GateLayout
+from bar_edge.network.channels import is_whole
 from bar_edge.network.cost import count_kept, units
 from bar_edge.records import Budget, ChannelPlan, Counts, Metric
 
@@ -44,41 +47,116 @@ def budget_limit(layout: GateLayout, budget: Budget) -> float:
     return limit
 
 
-def protected_layers(layout: GateLayout, metric: Metric) -> list[str]:
-    """Return the gated convolutions on the cheapest path, one channel each, from an input to the outputs."""
+def protected_gates(layout: GateLayout, metric: Metric) -> list[tuple[Tensor, int]]:
+    """Return sets of gates, each with how many of its best stay open: the cheapest path, and least widths.
+
+    The path has one channel per gated layer on it, out of those that reach the next layer (a grouped
+    convolution is fed by its own group, half of a split layer by that half).
+    """
+    best = _cheapest(layout, metric)
+    pending = [s for node in layout.network.nodes if node.op == "output" for s in node.all_input_nodes if s in best]
+    wanted: dict[fx.Node, Tensor] = {s: torch.arange(layout.found[s].width) for s in pending if s in layout.found}
+    sets: dict[tuple[str, tuple[int, ...]], None] = {}
+    for node in reversed(layout.network.nodes):
+        passage = layout.found.get(node)
+        if passage is None or is_whole(passage):
+            asked = {s: torch.arange(layout.found[s].width) for s in node.all_input_nodes if s in layout.found}
+            wanted |= asked if passage is None and node.op == "output" or node in wanted else {}
+            continue
+        if node not in wanted:
+            continue
+        for source, channels in _path_inputs(layout, node, wanted[node], best).items():
+            wanted[source] = channels
+        if str(node.target) in layout.offsets and passage.kind == "read":
+            sets[str(node.target), tuple(wanted[node].tolist())] = None
+    path = [(torch.tensor(ids) + layout.offsets[name][0], 1) for name, ids in sets]
+    least = [
+        (torch.arange(layout.offsets[name][1]) + layout.offsets[name][0], min(n, layout.offsets[name][1]))
+        for name, n in layout.least.items()
+    ]
+    return path + least
+
+
+def _path_inputs(
+    layout: GateLayout, node: fx.Node, channels: Tensor, best: dict[fx.Node, float]
+) -> dict[fx.Node, Tensor]:
+    """Return which channels of which inputs keep one of a tensor's `channels` alive, the cheapest way."""
+    passage = layout.found[node]
+    if passage.kind == "read":
+        source = node.all_input_nodes[0]
+        every = torch.arange(layout.found[source].width)
+        per_group = passage.width // passage.groups
+        group = int(channels[0]) // per_group
+        channels_of_group = channels[channels // per_group == group]
+        if len(channels_of_group) < len(channels):  # one group is enough
+            channels.resize_(len(channels_of_group)).copy_(channels_of_group)
+        inputs = len(every) // passage.groups if not is_whole(layout.found[source]) else 0
+        return {source: every[group * inputs : (group + 1) * inputs] if inputs else every}
+    links = [link for link in passage.links if torch.isin(link.outputs, channels).any()]
+    if passage.kind == "mul":
+        return {link.source: link.inputs[link.outputs == channels[0]] for link in links}
+    link = min(links, key=lambda link: best[link.source])
+    return {link.source: torch.unique(link.inputs[torch.isin(link.outputs, channels)])}
+
+
+def _cheapest(layout: GateLayout, metric: Metric) -> dict[fx.Node, float]:
+    """Return for every tensor the cost of the cheapest way to it, with one channel per gated layer."""
     found, network = layout.found, layout.network
     by_node = {unit.node: unit for unit in units(network, found)}
-    best: dict[fx.Node, tuple[float, frozenset[str]]] = {}
+    best: dict[fx.Node, float] = {}
     for node in network.nodes:
-        passage, step, own = found.get(node), 0.0, frozenset[str]()
+        passage, step = found.get(node), 0.0
         if passage is not None and node in by_node:
             unit, gated = by_node[node], str(node.target) in layout.offsets
-            n_out = 1 if gated or passage.kind == "map" else passage.width
-            n_in = found[unit.source].width if unit.source in found and found[unit.source].kind == "source" else 1
-            pairs = n_out if unit.alone else n_in * n_out
+            n_out = 1 if gated or passage.kind != "read" else passage.width
+            pairs = n_out if unit.alone else (unit.in_width or 1) * n_out
             rates = {"volume": unit.area * n_out, "flops": unit.flop_rate * pairs}
             step = rates.get(metric, unit.weights * pairs + unit.vectors * n_out + unit.constant)
-            own = frozenset({str(node.target)}) if gated else own
-        links = passage.links if passage is not None else ()
-        sources = [link.source for link in links] or [s for s in node.all_input_nodes if s in best]
-        if links:
-            cost, path = min((best[s] for s in sources), key=lambda entry: entry[0])
-        else:
-            cost, path = (
-                max((best[s][0] for s in sources), default=0.0),
-                frozenset().union(*(best[s][1] for s in sources)),
-            )
-        best[node] = (cost + step, path | own)
-    ends = [s for node in network.nodes if node.op == "output" for s in node.all_input_nodes if s in best]
-    names = frozenset().union(*(best[s][1] for s in ends))
-    return [name for name in layout.offsets if name in names]
+        sources = [link.source for link in passage.links] if passage is not None else []
+        costs = [best[s] for s in sources or node.all_input_nodes if s in best]
+        choose = min if sources and passage is not None and passage.kind != "mul" else max
+        best[node] = choose(costs, default=0.0) + step
+    return best
+
+
+def protected_layers(layout: GateLayout, metric: Metric) -> list[str]:
+    """Return the gated layers on the cheapest path, from an input to the outputs."""
+    first = {int(ids[0]) for ids, n in protected_gates(layout, metric)}
+    return [name for name, (start, n) in layout.offsets.items() if any(start <= i < start + n for i in first)]
 
 
 def smallest_cost(layout: GateLayout, metric: Metric) -> int:
-    """Return the cost of one channel per protected convolution and nothing else."""
-    protected = set(protected_layers(layout, metric))
-    kept = {name: (0,) if name in protected else () for name in layout.offsets}
-    return count_kept(layout.network, kept, layout.found).of(metric)
+    """Return the cost of the protected channels and nothing else."""
+    opened = torch.zeros(layout.size, dtype=torch.bool)
+    scores = torch.zeros(layout.size)
+    bundles = _bundles(layout, scores, opened)
+    opened[torch.isin(bundles, bundles[_best(layout, scores, metric)])] = True
+    return count_kept(layout.network, layout.kept(opened), layout.found).of(metric)
+
+
+def _best(layout: GateLayout, scores: Tensor, metric: Metric) -> Tensor:
+    """Return the protected gates: the best of every protected set."""
+    picked = [ids[torch.argsort(-scores[ids], stable=True)[:n]] for ids, n in protected_gates(layout, metric)]
+    return torch.cat(picked) if picked else torch.zeros(0, dtype=torch.int64)
+
+
+def _bundles(layout: GateLayout, scores: Tensor, opened: Tensor) -> Tensor:
+    """Return of every gate (gates,) the bundle with which it opens and closes.
+
+    A bundle has as many of each group of a grouped convolution, and `round_to` in all, the best of the
+    layer first; one gate where nothing asks for more.
+    """
+    number = torch.zeros(layout.size, dtype=torch.int64)
+    total = 0
+    for name, (first, n) in layout.offsets.items():
+        groups = layout.groups.get(name, 1)
+        own = (scores[first : first + n] + 1e6 * opened[first : first + n].to(scores)).view(groups, -1)
+        rank = torch.argsort(torch.argsort(-own, dim=1, stable=True), dim=1, stable=True)
+        per_group = max(1, math.lcm(layout.round_to, groups) // groups)
+        place = (rank // per_group).flatten()
+        number[first : first + n] = total + place
+        total += int(place.max()) + 1
+    return number
 
 
 def project(
@@ -86,38 +164,44 @@ def project(
 ) -> tuple[ChannelPlan, int]:
     """Close the open gates of the lowest scores until the cost is at most `limit`; return plan and how many.
 
-    scores: (gates,), opened: (gates,) bool. The best channel of every protected convolution stays. Ties:
-    the larger map goes first. Costs are those of `count`, after dead layers are removed.
+    scores: (gates,), opened: (gates,) bool. The best channel of every protected set stays. Ties: the larger
+    map goes first. Gates that operators or `round_to` tie together open and close together: a bundle half
+    of which is open opens. Costs are those of `count`, after dead layers are removed.
     """
     opened = opened.cpu().clone()
     scores = scores.detach().cpu().double()
-    free = opened.clone()
-    for name in protected_layers(layout, metric):
-        first, n = layout.offsets[name]
-        best = first + int(scores[first : first + n].argmax())
-        opened[best], free[best] = True, False
+    bundle = _bundles(layout, scores, opened)
+    size = torch.bincount(bundle)
+    best = _best(layout, scores, metric)
+    fixed = torch.zeros(len(size), dtype=torch.bool)
+    fixed[bundle[best]] = True
+    alive = fixed | (2 * torch.bincount(bundle, opened.double()) >= size)
     areas = torch.cat([torch.full((n,), _area(layout, name)) for name, (_, n) in layout.offsets.items()])
-    by_area = torch.argsort(-areas, stable=True)
-    order = by_area[torch.argsort(scores[by_area], stable=True)]
-    order = order[free[order]]
+    area = torch.zeros(len(size), dtype=areas.dtype).index_put((bundle,), areas)
+    mean = torch.bincount(bundle, scores) / size
+    by_area = torch.argsort(-area, stable=True)
+    order = by_area[torch.argsort(mean[by_area], stable=True)]
+    order = order[(alive & ~fixed)[order]]
+
+    def left(closed: int) -> Tensor:
+        open_bundles = alive.clone()
+        open_bundles[order[:closed]] = False
+        return open_bundles[bundle]
 
     def cost(closed: int) -> int:
-        left = opened.clone()
-        left[order[:closed]] = False
-        return count_kept(layout.network, layout.kept(left), layout.found).of(metric)
+        return count_kept(layout.network, layout.kept(left(closed)), layout.found).of(metric)
 
     low, high = -1, len(order)  # cost(high) fits, cost(low) does not
     assert cost(high) <= limit, "the cheapest path fits every feasible budget"
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if cost(middle) <= limit else (middle, high)
-    opened[order[:high]] = False
-    return layout.plan(opened), high
+    return layout.plan(left(high)), int(size[order[:high]].sum())
 
 
 def _area(layout: GateLayout, name: str) -> int:
-    shape = layout.network.shapes[layout.node(name).name]
-    return torch.Size(shape[2:]).numel()
+    node = layout.node(name)
+    return torch.Size(layout.network.shapes[node.name][1:]).numel() // layout.found[node].width
 
 
 def random_plan(layout: GateLayout, metric: Metric, limit: float, seed: int) -> ChannelPlan:

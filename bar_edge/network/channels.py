@@ -8,6 +8,7 @@ inputs at full width (absent channels are zeros) and what it makes is always the
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections import Counter
 from collections.abc import Callable
 from typing import Literal
@@ -15,10 +16,15 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from bar_edge.network.mixed import Expand, MixedAdd
+from bar_edge.network.mixed import Expand, MixedAdd, PartialNorm
+from bar_edge.network.movement import COPIES, MOVEMENTS, many_to_one, moved, numbered, one_to_one
 from bar_edge.network.network import Network
 
 aten = torch.ops.aten
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+#: modules that make new channels out of those they read
+READERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,17 +40,27 @@ class Link:
 class Passage:
     """How one tensor gets its channels.
 
-    kind: source (always there), read (a convolution or linear layer: reads all of its input, makes new
-    channels), map (each channel comes from one channel of an input), add (channels of several inputs are
-    summed), opaque (no rule). axis, width: where the channels lie and how many the dense network has.
-    keeps_zero: a channel of zeros stays zero.
+    kind:
+        source   always there as a whole, whatever the axis (an input of the network, what comes of it alone)
+        read     a convolution or linear layer: reads all of its input (of its group), makes new channels
+        map      each channel comes from channels of one input, or of one of several (a concatenation)
+        pick     a map that does nothing but choose and reorder channels
+        norm     a map that takes statistics over the channels of its input
+        add      a channel exists if it does in one of the inputs
+        mul      a channel exists if it does in all of the inputs
+        spread   moved elements without an axis for their channels; links, numbers: where they come from
+        opaque   no rule: inputs at full width, the result always there
+    axis, width: where the channels lie and how many the dense network has. keeps_zero: a channel of zeros
+    stays zero. groups: of a read, equal runs of inputs that feed equal runs of outputs.
     """
 
-    kind: Literal["source", "read", "map", "add", "opaque"]
+    kind: Literal["source", "read", "map", "pick", "norm", "add", "mul", "spread", "opaque"]
     axis: int
     width: int
     links: tuple[Link, ...] = ()
     keeps_zero: bool = True
+    groups: int = 1
+    numbers: Tensor | None = None
 
 
 Passages = dict[fx.Node, Passage]
@@ -53,7 +69,6 @@ Rule = Callable[[Network, fx.Node, Passages], Passage | None]
 
 def passages(network: Network) -> Passages:
     """Return the passage of every tensor of the graph, in graph order."""
-    calls = Counter(str(node.target) for node in network.nodes if node.op == "call_module")
     found: Passages = {}
     for node in network.nodes:
         shape = network.shapes.get(node.name)
@@ -64,34 +79,84 @@ def passages(network: Network) -> Passages:
             continue
         module = network.module_of(node)
         rule = RULES.get(type(module) if module is not None else node.target)
-        known = all(source in found for source in node.all_input_nodes)
-        passage = rule(network, node, found) if rule and known and calls[str(node.target)] <= 1 else None
-        found[node] = passage or Passage("opaque", 1, shape[1])
+        known = all(source in found or is_constant(source) for source in _tensors(network, node))
+        found[node] = (rule(network, node, found) if rule and known else None) or Passage("opaque", 1, shape[1])
     return found
 
 
+def is_constant(node: fx.Node) -> bool:
+    """Tell whether a node is a parameter or buffer that the graph reads by itself."""
+    return node.op == "get_attr"
+
+
 def is_depthwise(module: nn.Module | None) -> bool:
-    """Tell whether a module is a convolution with one filter per input channel."""
-    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and (
-        1 < module.groups == module.in_channels == module.out_channels
-    )
+    """Tell whether a module is a convolution that filters every input channel alone."""
+    return isinstance(module, CONVOLUTIONS) and 1 < module.groups == module.in_channels
+
+
+def called_again(network: Network) -> set[str]:
+    """Return the names of modules that are called more than once."""
+    calls = Counter(str(node.target) for node in network.nodes if node.op == "call_module")
+    return {name for name, number in calls.items() if number > 1}
+
+
+def attribute(network: Network, node: fx.Node) -> Tensor:
+    """Return the parameter or buffer that a get_attr node reads."""
+    value = operator.attrgetter(str(node.target))(network.body)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def element_numbers(network: Network, node: fx.Node, numbers: Tensor) -> Tensor:
+    """Return what a movement makes of the numbers of its input's elements."""
+    constants = {n.name: attribute(network, n) for n in node.all_input_nodes if is_constant(n)}
+    return moved(node, numbers, network.sizes, constants)
+
+
+def _tensors(network: Network, node: fx.Node) -> list[fx.Node]:
+    return [source for source in node.all_input_nodes if source.name not in network.sizes]
 
 
 # --------------------------------------------------------------------------------------------- rules
 
+WHOLE = Passage("source", 1, 0)
 
-def _identity(node: fx.Node, source: fx.Node, found: Passages, axis: int, keeps_zero: bool) -> Passage:
+
+def is_whole(passage: Passage) -> bool:
+    """Tell whether a tensor is always there with all its channels."""
+    return passage.kind in ("source", "opaque")
+
+
+def _whole(network: Network, node: fx.Node) -> Passage:
+    return dataclasses.replace(WHOLE, width=network.shapes[node.name][1])
+
+
+def _identity(
+    node: fx.Node,
+    source: fx.Node,
+    found: Passages,
+    axis: int,
+    keeps_zero: bool,
+    kind: Literal["map", "norm"] = "map",
+) -> Passage:
     every = torch.arange(found[source].width)
-    return Passage("map", axis, found[source].width, (Link(source, every, every),), keeps_zero)
+    return Passage(kind, axis, found[source].width, (Link(source, every, every),), keeps_zero)
+
+
+def _source(node: fx.Node, found: Passages) -> fx.Node | None:
+    """Return the one tensor that an operator works on, None if there are more or it has no axis of channels."""
+    source = node.args[0]
+    alone = isinstance(source, fx.Node) and source in found and node.all_input_nodes == [source]
+    return source if alone and isinstance(source, fx.Node) and found[source].kind != "spread" else None
 
 
 def _same_axis(keeps_zero: bool) -> Rule:
     """Rule of an operator on one tensor that works on each channel alone and keeps the channel axis."""
 
     def rule(network: Network, node: fx.Node, found: Passages) -> Passage | None:
-        source = node.args[0]
-        if not isinstance(source, fx.Node) or len(node.all_input_nodes) != 1:
-            return None
+        source = _source(node, found)
+        if source is None or is_whole(found[source]):
+            return None if source is None else _whole(network, node)
         axis, width = found[source].axis, found[source].width
         shape = network.shapes[node.name]
         if len(shape) != len(network.shapes[source.name]) or shape[axis] != width:
@@ -101,98 +166,214 @@ def _same_axis(keeps_zero: bool) -> Rule:
     return rule
 
 
-def _pool(network: Network, node: fx.Node, found: Passages) -> Passage | None:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return _same_axis(True)(network, node, found) if found[source].axis == 1 else None
+def _first_axis(keeps_zero: bool) -> Rule:
+    """Rule of an operator that works on each index of axis 1 alone: pooling, per-channel modules."""
 
+    def rule(network: Network, node: fx.Node, found: Passages) -> Passage | None:
+        source = _source(node, found)
+        if source is None or (found[source].axis != 1 and not is_whole(found[source])):
+            return None
+        return _same_axis(keeps_zero)(network, node, found)
 
-def _norm(network: Network, node: fx.Node, found: Passages) -> Passage | None:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return _same_axis(False)(network, node, found) if found[source].axis == 1 else None
+    return rule
 
 
 def _conv(network: Network, node: fx.Node, found: Passages) -> Passage | None:
-    source, module = node.args[0], network.module_of(node)
-    assert isinstance(source, fx.Node) and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    if found[source].axis != 1:
+    source, module = _source(node, found), network.module_of(node)
+    assert isinstance(module, CONVOLUTIONS + TRANSPOSED)
+    if source is None or (found[source].axis != 1 and not is_whole(found[source])):
         return None
-    if is_depthwise(module):
-        return _identity(node, source, found, 1, module.bias is None)
-    return Passage("read", 1, module.out_channels) if module.groups == 1 else None
+    if is_depthwise(module) and not is_whole(found[source]):
+        made = torch.arange(module.out_channels)
+        link = Link(source, made // (module.out_channels // module.in_channels), made)
+        return Passage("map", 1, module.out_channels, (link,), module.bias is None)
+    return Passage("read", 1, module.out_channels, groups=module.groups)
 
 
 def _linear(network: Network, node: fx.Node, found: Passages) -> Passage | None:
-    source, module = node.args[0], network.module_of(node)
-    assert isinstance(source, fx.Node) and isinstance(module, nn.Linear)
+    source, module = _source(node, found), network.module_of(node)
+    assert isinstance(module, nn.Linear)
+    if source is None:
+        return None
     last = len(network.shapes[source.name]) - 1
-    return Passage("read", last, module.out_features) if found[source].axis == last else None
+    if found[source].axis == last or is_whole(found[source]):
+        return Passage("read", last, module.out_features)
+    return _identity(node, source, found, found[source].axis, module.bias is None)  # mixes positions, not channels
 
 
-def _mean(network: Network, node: fx.Node, found: Passages) -> Passage | None:
-    source, dims = node.args[0], node.args[1] if len(node.args) > 1 else None
-    if not isinstance(source, fx.Node) or not isinstance(dims, list | tuple) or not dims:
+def _instance_norm(network: Network, node: fx.Node, found: Passages) -> Passage | None:
+    module = network.module_of(node)
+    assert isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d)
+    return _first_axis(not module.affine and not module.track_running_stats)(network, node, found)
+
+
+def _channel_norm(network: Network, node: fx.Node, found: Passages) -> Passage | None:
+    source, module = _source(node, found), network.module_of(node)
+    if source is None or is_whole(found[source]):
+        return None if source is None else _whole(network, node)
+    rank = len(network.shapes[source.name])
+    axis = rank - 1 if isinstance(module, nn.LayerNorm) else 1
+    one_axis = not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) == 1
+    if isinstance(module, PartialNorm):
+        axis = module.axis % rank
+    return _identity(node, source, found, axis, False, "norm") if found[source].axis == axis and one_axis else None
+
+
+def _prelu(network: Network, node: fx.Node, found: Passages) -> Passage | None:
+    module = network.module_of(node)
+    assert isinstance(module, nn.PReLU)
+    return (_same_axis if module.num_parameters == 1 else _first_axis)(True)(network, node, found)
+
+
+def _reduce(network: Network, node: fx.Node, found: Passages) -> Passage | None:
+    """Rule of a mean, sum or maximum over axes without channels."""
+    source, dims = _source(node, found), node.args[1] if len(node.args) > 1 else None
+    dims = (dims,) if isinstance(dims, int) else dims
+    if source is None or not isinstance(dims, list | tuple) or not dims:
         return None
     rank, axis = len(network.shapes[source.name]), found[source].axis
-    gone = {int(d) % rank for d in dims}
+    gone = {int(d) % rank for d in dims}  # type: ignore[arg-type]
+    if is_whole(found[source]):
+        return _whole(network, node)
     if axis in gone or 0 in gone:
         return None
     keepdim = len(network.shapes[node.name]) == rank
     return _identity(node, source, found, axis if keepdim else axis - sum(d < axis for d in gone), True)
 
 
-def _flatten(network: Network, node: fx.Node, found: Passages) -> Passage | None:
-    source = node.args[0]
-    start = node.args[1] if len(node.args) > 1 else 0
-    end = node.args[2] if len(node.args) > 2 else -1
-    assert isinstance(source, fx.Node)
-    shape = network.shapes[source.name]
-    if found[source].axis != 1 or start != 1 or end not in (-1, len(shape) - 1):
+def _over_positions(network: Network, node: fx.Node, found: Passages) -> Passage | None:
+    """Rule of an operator along one axis without channels (softmax, cumsum): of each channel alone, f(0) != 0."""
+    source, dim = _source(node, found), node.args[1]
+    if source is None or not isinstance(dim, int):
         return None
-    area = torch.Size(shape[2:]).numel()
-    width = found[source].width * area
-    link = Link(source, torch.arange(width) // area, torch.arange(width))
-    return Passage("map", 1, width, (link,))
+    if dim % len(network.shapes[source.name]) in (0, found[source].axis) and not is_whole(found[source]):
+        return None
+    return _same_axis(False)(network, node, found)
+
+
+def _pad(network: Network, node: fx.Node, found: Passages) -> Passage | None:
+    source, widths = _source(node, found), node.args[1]
+    mode = node.args[2] if node.target is aten.pad.default and len(node.args) > 2 else "constant"
+    value = node.args[-1] if len(node.args) == (4 if node.target is aten.pad.default else 3) else 0
+    if source is None or not isinstance(widths, list | tuple):
+        return None
+    after = 2 * (len(network.shapes[source.name]) - 1 - found[source].axis)
+    if any(widths[after : after + 2]):  # channels are moved
+        return _whole(network, node) if is_whole(found[source]) else None
+    return _same_axis(mode != "constant" or not value)(network, node, found)
 
 
 def _cat(network: Network, node: fx.Node, found: Passages) -> Passage | None:
     parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
     assert isinstance(parts, list | tuple)
     axis = int(dim) % len(network.shapes[node.name])  # type: ignore[arg-type]
+    sources = [part for part in parts if isinstance(part, fx.Node) and part in found]
+    if len(sources) < len(parts) or any(found[part].kind == "spread" for part in sources):
+        return None
+    if all(is_whole(found[part]) for part in sources):
+        return _whole(network, node)
+    if any(found[part].axis != axis for part in sources):
+        return _join(network, node, found, sources, axis)
     links, offset = [], 0
-    for part in parts:
-        assert isinstance(part, fx.Node)
-        if found[part].axis != axis:
-            return None
+    for part in sources:
         every = torch.arange(found[part].width)
         links.append(Link(part, every, every + offset))
         offset += found[part].width
     return Passage("map", axis, offset, tuple(links))
 
 
-def _add(network: Network, node: fx.Node, found: Passages) -> Passage | None:
-    a, b = node.args[:2]
-    if not isinstance(b, fx.Node):
-        return _same_axis(bool(b == 0))(network, node, found)
-    if not isinstance(a, fx.Node) or node.kwargs or network.shapes[a.name] != network.shapes[b.name]:
+def _join(network: Network, node: fx.Node, found: Passages, parts: list[fx.Node], axis: int) -> Passage | None:
+    """Join tensors along another axis than that of their channels: a channel exists if it does in one of them."""
+    own = {(found[part].axis, found[part].width) for part in parts if not is_whole(found[part])}
+    if len(own) != 1 or axis == 0 or (channels := own.pop())[0] == axis:
         return None
-    if found[a].axis != 1 or found[b].axis != 1:
+    if any(is_whole(found[part]) for part in parts):
+        return _whole(network, node)
+    every = torch.arange(channels[1])
+    return Passage("add", *channels, tuple(Link(part, every, every) for part in parts))
+
+
+def _elementwise(kind: Literal["add", "mul"]) -> Rule:
+    """Rule of a sum, difference or product of two tensors, one of them maybe a parameter, broadcast or a number."""
+
+    def rule(network: Network, node: fx.Node, found: Passages) -> Passage | None:
+        a, b = node.args[:2]
+        tensors = [x for x in (a, b) if isinstance(x, fx.Node) and x in found]
+        constants = [x for x in (a, b) if isinstance(x, fx.Node) and is_constant(x)]
+        if any(found[x].kind == "spread" for x in tensors):
+            return None
+        if len(tensors) == 2:
+            return _two_tensors(network, node, found, kind, *tensors)
+        if len(tensors) == 1 and constants and kind == "add" and is_whole(found[tensors[0]]):
+            return _whole(network, node)
+        if len(tensors) == 1 and constants:
+            return _with_parameter(network, node, found, kind, tensors[0], constants[0])
+        if len(tensors) == 1 and tensors[0] is a and isinstance(b, int | float):
+            return _same_axis(kind == "mul" or b == 0)(network, node, found)
         return None
-    every = torch.arange(found[a].width)
-    return Passage("add", 1, found[a].width, (Link(a, every, every), Link(b, every, every)))
+
+    return rule
+
+
+def _two_tensors(
+    network: Network, node: fx.Node, found: Passages, kind: Literal["add", "mul"], a: fx.Node, b: fx.Node
+) -> Passage | None:
+    rank, wide = len(network.shapes[node.name]), [x for x in (a, b) if not is_whole(found[x])]
+    if not wide or (kind == "add" and len(wide) == 1):
+        return _whole(network, node)
+    axes = {found[x].axis + rank - len(network.shapes[x.name]) for x in wide}
+    axis = axes.pop()
+    width = network.shapes[node.name][axis]
+    if axes or axis < 1 or (kind == "add" and any(found[x].width != width for x in wide)):
+        return None
+    if all(found[x].width != width for x in wide):  # a whole tensor is wider
+        return None
+    every = torch.arange(width)
+    sources = {x: every if found[x].width == width else torch.zeros_like(every) for x in wide}
+    return Passage(kind, axis, width, tuple(Link(x, inputs, every) for x, inputs in sources.items()))
+
+
+def _with_parameter(
+    network: Network, node: fx.Node, found: Passages, kind: Literal["add", "mul"], x: fx.Node, parameter: fx.Node
+) -> Passage | None:
+    if network.shapes[node.name] != network.shapes[x.name]:
+        return None
+    if is_whole(found[x]):
+        return _whole(network, node)
+    return _identity(node, x, found, found[x].axis, kind == "mul")
+
+
+def parameter_axis(network: Network, parameter: Tensor, node: fx.Node, axis: int) -> int | None:
+    """Return along which axis a parameter broadcast to a node's shape holds its channels, None if along none."""
+    own = axis - (len(network.shapes[node.name]) - parameter.ndim)
+    return own if own >= 0 and parameter.shape[own] > 1 else None
+
+
+def _div(network: Network, node: fx.Node, found: Passages) -> Passage | None:
+    b = node.args[1]
+    plain = isinstance(b, int | float) or (isinstance(b, fx.Node) and is_constant(b))
+    return _elementwise("mul")(network, node, found) if plain else None
 
 
 def _mixed_add(network: Network, node: fx.Node, found: Passages) -> Passage | None:
     module = network.module_of(node)
     assert isinstance(module, MixedAdd)
     places = [torch.tensor(p, dtype=torch.int64) for p in (module.positions_a, module.positions_b)]
-    links = [Link(s, torch.arange(len(p)), p) for s, p in zip(node.all_input_nodes, places, strict=True)]
-    return Passage("add", 1, module.width, tuple(links))
+    links = [
+        Link(s, torch.arange(len(p)), p)
+        for s, p in zip(node.all_input_nodes, places, strict=True)
+        if not is_whole(found[s]) or found[s].width == len(p)
+    ]
+    return Passage("add", 1, module.width, tuple(links)) if len(links) == 2 else None
 
 
-def _times_number(network: Network, node: fx.Node, found: Passages) -> Passage | None:
-    return None if isinstance(node.args[1], fx.Node) else _same_axis(True)(network, node, found)
+def _expand(network: Network, node: fx.Node, found: Passages) -> Passage | None:
+    module, source = network.module_of(node), _source(node, found)
+    assert isinstance(module, Expand)
+    if source is None or found[source].axis != module.axis or found[source].width != len(module.positions):
+        return None
+    places = torch.tensor(module.positions, dtype=torch.int64)
+    return Passage("pick", module.axis, module.width, (Link(source, torch.arange(len(places)), places),))
 
 
 def _hardtanh(network: Network, node: fx.Node, found: Passages) -> Passage | None:
@@ -201,44 +382,96 @@ def _hardtanh(network: Network, node: fx.Node, found: Passages) -> Passage | Non
     return _same_axis(bool(holds_zero))(network, node, found)
 
 
+def _movement(network: Network, node: fx.Node, found: Passages) -> Passage | None:
+    """Rule of all operators that only move elements: follow the elements' numbers.
+
+    Where the channels are cut up (a shuffle by view and transpose) they are followed through the operators
+    that move them on, until they lie along one axis again.
+    """
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or source not in found or not _known(network, node, source):
+        return None
+    if is_whole(found[source]):
+        return _whole(network, node)
+    spread = found[source].numbers
+    base = source if spread is None else found[source].links[0].source
+    shape, axis = network.shapes[base.name], found[base].axis
+    numbers = element_numbers(network, node, numbered(shape) if spread is None else spread)
+    axes = sorted(range(1, numbers.ndim), key=lambda i: (i != axis, i != 1, i != numbers.ndim - 1))
+    singles = [(i, old) for i in axes if (old := one_to_one(numbers, shape, axis, i)) is not None]
+    for new_axis, old in sorted(singles, key=lambda single: len(torch.unique(single[1])) == 1):
+        same = new_axis == axis and numbers.ndim == len(shape)
+        same = same and torch.equal(numbered(shape).index_select(axis, old), numbers)
+        if same or spread is None:
+            link = Link(base, old, torch.arange(len(old)))
+            return Passage("pick" if same else "map", new_axis, len(old), (link,))
+    if node.users and all(user.target in MOVEMENTS | COPIES for user in node.users):
+        every = torch.arange(found[base].width)
+        return Passage("spread", 1, found[base].width, (Link(base, every, every),), numbers=numbers)
+    pairs = [(i, sets) for i in axes if (sets := many_to_one(numbers, shape, axis, i)) is not None]
+    if not pairs or spread is not None:
+        return None
+    new_axis, sets = pairs[0]
+    return Passage("map", new_axis, numbers.shape[new_axis], (Link(base, *sets),))
+
+
+def _copied(network: Network, node: fx.Node, found: Passages) -> Passage | None:
+    source = node.args[0]
+    spread = isinstance(source, fx.Node) and source in found and found[source].kind == "spread"
+    return (_movement if spread else _same_axis(True))(network, node, found)
+
+
+def _known(network: Network, node: fx.Node, source: fx.Node) -> bool:
+    return all(n is source or is_constant(n) or n.name in network.sizes for n in node.all_input_nodes)
+
+
+PER_CHANNEL = [nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d]
+PER_ELEMENT_ZERO = """relu relu6 leaky_relu elu selu celu silu gelu mish tanh hardswish softsign abs neg square sqrt
+    sin asin atan sinh asinh erf expm1 log1p sign round floor ceil trunc hardshrink softshrink tanhshrink
+    rrelu _to_copy to.dtype type_as prelu""".split()
+PER_ELEMENT = "sigmoid hardsigmoid softplus exp cos cosh log_sigmoid rsub.Scalar".split()
+POOLS = """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d adaptive_max_pool1d.fixed upsample_nearest1d.vec upsample_nearest2d.vec upsample_nearest3d.vec
+    _upsample_nearest_exact1d.vec _upsample_nearest_exact2d.vec upsample_linear1d.vec upsample_bilinear2d.vec
+    upsample_trilinear3d.vec upsample_bicubic2d.vec upsample_nearest1d upsample_nearest2d upsample_linear1d
+    upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa.vec reflection_pad1d reflection_pad2d
+    reflection_pad3d replication_pad1d replication_pad2d replication_pad3d""".split()
+REDUCTIONS = "mean.dim sum.dim_IntList amax amin var.correction std.correction".split()
+
+
+def _operators(names: list[str]) -> list[object]:
+    """Return the ATen operators of these names (the default overload unless one is named) that this torch has."""
+    split = [name.partition(".")[::2] for name in names]
+    packets = [(getattr(aten, name, None), overload or "default") for name, overload in split]
+    return [getattr(packet, overload) for packet, overload in packets if hasattr(packet, overload)]
+
+
 RULES: dict[object, Rule] = {
-    nn.Conv1d: _conv,
-    nn.Conv2d: _conv,
-    nn.Conv3d: _conv,
+    **dict.fromkeys([*CONVOLUTIONS, *TRANSPOSED], _conv),
     nn.Linear: _linear,
-    nn.BatchNorm1d: _norm,
-    nn.BatchNorm2d: _norm,
-    nn.BatchNorm3d: _norm,
-    nn.Dropout: _same_axis(True),
-    nn.Dropout1d: _same_axis(True),
-    nn.Dropout2d: _same_axis(True),
-    nn.Dropout3d: _same_axis(True),
+    **dict.fromkeys([nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d], _first_axis(False)),
+    **dict.fromkeys([nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d], _instance_norm),
+    **dict.fromkeys([nn.GroupNorm, nn.LayerNorm, PartialNorm], _channel_norm),
+    **dict.fromkeys(PER_CHANNEL, _same_axis(True)),
+    nn.PReLU: _prelu,
     MixedAdd: _mixed_add,
-    aten.relu.default: _same_axis(True),
-    aten.relu6.default: _same_axis(True),
-    aten.leaky_relu.default: _same_axis(True),
-    aten.elu.default: _same_axis(True),
-    aten.silu.default: _same_axis(True),
-    aten.gelu.default: _same_axis(True),
-    aten.mish.default: _same_axis(True),
-    aten.tanh.default: _same_axis(True),
-    aten.hardswish.default: _same_axis(True),
-    aten.hardtanh.default: _hardtanh,
-    aten.sigmoid.default: _same_axis(False),
-    aten.hardsigmoid.default: _same_axis(False),
-    aten.softplus.default: _same_axis(False),
-    aten.clone.default: _same_axis(True),
-    aten.contiguous.default: _same_axis(True),
-    aten.max_pool1d.default: _pool,
-    aten.max_pool2d.default: _pool,
-    aten.avg_pool2d.default: _pool,
-    aten.adaptive_avg_pool2d.default: _pool,
-    aten.mean.dim: _mean,
-    aten.flatten.using_ints: _flatten,
+    Expand: _expand,
+    **dict.fromkeys(_operators(PER_ELEMENT_ZERO), _same_axis(True)),
+    **dict.fromkeys(_operators(PER_ELEMENT), _same_axis(False)),
+    **dict.fromkeys(_operators(POOLS), _first_axis(True)),
+    **dict.fromkeys(_operators(REDUCTIONS), _reduce),
+    **dict.fromkeys(_operators(["softmax.int", "_softmax", "cumsum", "log_softmax.int"]), _over_positions),
+    aten.pow.Tensor_Scalar: lambda network, node, found: _same_axis(float(node.args[1]) > 0)(network, node, found),  # type: ignore[arg-type]
+    aten.constant_pad_nd.default: _pad,
+    aten.pad.default: _pad,
+    **dict.fromkeys(_operators(["hardtanh", "clamp"]), _hardtanh),
+    **dict.fromkeys(MOVEMENTS, _movement),
+    **dict.fromkeys(COPIES, _copied),
     aten.cat.default: _cat,
-    aten.add.Tensor: _add,
-    aten.mul.Tensor: _times_number,
+    **dict.fromkeys([aten.add.Tensor, aten.sub.Tensor], _elementwise("add")),
+    aten.mul.Tensor: _elementwise("mul"),
+    aten.div.Tensor: _div,
 }
 
 #: leaves that surgery makes; they are not the user's operators
-LEAVES = (MixedAdd, Expand)
+LEAVES = (MixedAdd, Expand, PartialNorm)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bar_edge.network.mixed import Expand, MixedAdd
+from bar_edge.network.mixed import Expand, MixedAdd, PartialNorm
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -21,7 +21,14 @@ MODULES: dict[type[nn.Module], tuple[str, ...]] = {
 }
 MODULES |= {
     kind: ("num_features", "eps", "momentum", "affine", "track_running_stats")
-    for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    for kind in (
+        nn.BatchNorm1d,
+        nn.BatchNorm2d,
+        nn.BatchNorm3d,
+        nn.InstanceNorm1d,
+        nn.InstanceNorm2d,
+        nn.InstanceNorm3d,
+    )
 }
 MODULES |= {
     kind: (*MODULES[nn.Conv2d], "output_padding")
@@ -31,13 +38,14 @@ MODULES |= {
     nn.Linear: ("in_features", "out_features", "bias"),
     nn.PReLU: ("num_parameters",),
     nn.GroupNorm: ("num_groups", "num_channels", "eps", "affine"),
-    nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine"),
+    nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine", "bias"),
     nn.Dropout: ("p",),
     nn.Dropout1d: ("p",),
     nn.Dropout2d: ("p",),
     nn.Dropout3d: ("p",),
     MixedAdd: ("width", "positions_a", "positions_b"),
     Expand: ("axis", "width", "positions"),
+    PartialNorm: ("axis", "group_width", "membership", "eps", "affine"),
 }
 _MODULES_BY_NAME = {kind.__name__: kind for kind in MODULES}
 _PYTHON_CALLS: dict[str, Callable[..., Any]] = {

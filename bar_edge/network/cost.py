@@ -1,7 +1,8 @@
 """What a network costs: activation volume, FLOPs and parameters (Lemaire et al. 2019, eq. 4 and section 5.2).
 
 V = sum over all convolution outputs of channels * area. FLOPs = 2 * k^2 * area * n_in * n_out, two per
-multiply-add, convolutions only. Parameters are counted everywhere.
+multiply-add, convolutions only; a linear layer at many positions (N, ..., features) is a 1x1 convolution.
+Parameters are counted everywhere.
 """
 
 from __future__ import annotations
@@ -12,7 +13,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx, nn
 
-from bar_edge.network.channels import Passages, passages
+from bar_edge.network.channels import (
+    READERS,
+    TRANSPOSED,
+    Passages,
+    attribute,
+    called_again,
+    is_constant,
+    is_whole,
+    parameter_axis,
+    passages,
+)
 from bar_edge.network.liveness import Held, held_channels
 from bar_edge.network.network import Network
 from bar_edge.records import ChannelPlan, Counts
@@ -35,16 +46,13 @@ class LayerCount:
     reason: str
 
 
-#: modules that make new channels out of all those they read
-READERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Unit:
     """One call of an operation with parameters: cost = a rate times alive channels in and out.
 
-    volume = area * n_out; flops = flop_rate * n_in * n_out and params = weights * n_in * n_out +
-    vectors * n_out + constant, where n_in is 1 for operations on single channels (`alone`).
+    volume = area * n_out; flops = flop_rate * pairs and params = weights * pairs + vectors * n_out +
+    constant, where pairs is the sum over `groups` of n_in * n_out, or n_out for operations on single
+    channels (`alone`). in_width: channels of an input that is there as a whole, else None.
     """
 
     node: fx.Node
@@ -55,37 +63,66 @@ class Unit:
     weights: int
     vectors: int
     constant: int
+    groups: int = 1
+    in_width: int | None = None
 
 
 def units(network: Network, found: Passages) -> list[Unit]:
     """Return every call of an operation with parameters, in graph order."""
-    result = []
+    result, parameters = [], set[fx.Node]()
     for node in network.nodes:
-        module = network.module_of(node)
-        if module is None or node not in found:
+        if node not in found:
             continue
-        source, numel = node.all_input_nodes[0], sum(p.numel() for p in module.parameters())
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            shape, kernel = network.shapes[node.name], module.weight[0, 0].numel()
-            area = torch.Size(shape[2:]).numel()
-            alone = found[node].kind == "map"
-            per_pair = kernel * module.weight.shape[1] if alone else kernel
-            bias = int(module.bias is not None)
-            if found[node].kind == "opaque":  # grouped: counted at full width by its own rate
-                rate = 2 * kernel * area * module.weight.shape[1]
-                result.append(Unit(node, source, True, area, rate, 0, 0, numel))
-            else:
-                result.append(Unit(node, source, alone, area, 2 * per_pair * area, per_pair, bias, 0))
-        elif isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-            area, inputs = (torch.Size(network.shapes[n.name][2:]).numel() for n in (node, source))
-            taps = module.weight[0, 0].numel() * module.in_channels // module.groups
-            result.append(Unit(node, source, True, area, 2 * taps * inputs, 0, 0, numel))
-        elif isinstance(module, nn.Linear) and found[node].kind == "read":
-            result.append(Unit(node, source, False, 0, 0, 1, int(module.bias is not None), 0))
-        elif numel and found[node].kind == "map" and numel % found[node].width == 0:
-            result.append(Unit(node, source, True, 0, 0, 0, numel // found[node].width, 0))
+        module = network.module_of(node)
+        if module is None:
+            result += _parameter_units(network, found, node, parameters)
+            continue
+        source, passage, numel = node.all_input_nodes[0], found[node], sum(p.numel() for p in module.parameters())
+        if isinstance(module, READERS):
+            result.append(_reader_unit(network, found, node, module, numel))
+        elif numel and passage.kind in ("map", "norm") and numel % passage.width == 0 and not _shared_number(module):
+            result.append(Unit(node, source, True, 0, 0, 0, numel // passage.width, 0))
         elif numel:
             result.append(Unit(node, source, True, 0, 0, 0, 0, numel))
+    return result
+
+
+def _shared_number(module: nn.Module) -> bool:
+    return isinstance(module, nn.PReLU) and module.num_parameters == 1
+
+
+def _reader_unit(network: Network, found: Passages, node: fx.Node, module: nn.Module, numel: int) -> Unit:
+    """Return the rates of a convolution or linear layer; one without a rule is counted as it stands."""
+    source, passage, weight = node.all_input_nodes[0], found[node], module.weight
+    assert isinstance(weight, torch.Tensor)
+    shape, linear = network.shapes[node.name], isinstance(module, nn.Linear)
+    area = torch.Size(shape[1:]).numel() // shape[passage.axis] if len(shape) > 2 else 0
+    # where the filter is applied: a transposed convolution at every position of its input
+    applied = torch.Size(network.shapes[source.name][2:]).numel() if isinstance(module, TRANSPOSED) else area
+    taps, bias = weight[0, 0].numel(), int(getattr(module, "bias", None) is not None)
+    if passage.kind == "read":
+        inputs = module.in_features if isinstance(module, nn.Linear) else getattr(module, "in_channels")
+        whole = inputs if is_whole(found[source]) else None
+        return Unit(node, source, False, area, 2 * taps * applied, taps, bias, 0, passage.groups, whole)
+    if passage.kind == "map" and not linear:  # depthwise
+        return Unit(node, source, True, area, 2 * taps * applied, taps, bias, 0)
+    if passage.kind == "map":  # mixes positions: every channel by the same matrix
+        return Unit(node, source, True, area, 2 * area * weight.shape[1], 0, 0, numel)
+    return Unit(node, source, True, area, 2 * applied * weight.numel() // shape[passage.axis], 0, 0, numel)
+
+
+def _parameter_units(network: Network, found: Passages, node: fx.Node, counted: set[fx.Node]) -> list[Unit]:
+    """Return the parameters with one number per channel that an operator reads by itself."""
+    result = []
+    for parameter in node.all_input_nodes:
+        if not is_constant(parameter) or parameter in counted or found[node].kind != "map" or len(parameter.users) > 1:
+            continue
+        value = attribute(network, parameter)
+        sliced = parameter_axis(network, value, node, found[node].axis)
+        if isinstance(value, nn.Parameter) and sliced is not None:
+            counted.add(parameter)
+            source = next(n for n in node.all_input_nodes if n is not parameter)
+            result.append(Unit(node, source, True, 0, 0, 0, value.numel() // found[node].width, 0))
     return result
 
 
@@ -95,25 +132,30 @@ def count(network: Network, plan: ChannelPlan | None = None) -> Counts:
 
 
 def count_kept(network: Network, kept: Mapping[str, Sequence[int]], found: Passages | None = None) -> Counts:
-    """Return the costs for kept channels by convolution name; `found` saves the analysis."""
+    """Return the costs for kept channels by layer name; `found` saves the analysis."""
     found = passages(network) if found is None else found
     held = held_channels(network, kept, found)
     volume = flops = params = 0
-    counted: set[str] = set()
+    again: dict[str, int] = dict.fromkeys(called_again(network), 0)
     for unit in units(network, found):
-        v, f, p = _costs(unit, held)
-        volume, flops = volume + v, flops + f
-        if p and str(unit.node.target) not in counted:  # a module that is called twice has its parameters once
-            counted.add(str(unit.node.target))
+        v, f, p = unit_costs(unit, held)
+        volume, flops, name = volume + v, flops + f, str(unit.node.target)
+        if name in again:  # a module that is called twice has its parameters once
+            again[name] = max(again[name], p)
+        else:
             params += p
-    return Counts(volume=volume, flops=flops, params=params + loose_params(network))
+    return Counts(volume=volume, flops=flops, params=params + sum(again.values()) + loose_params(network, found))
 
 
-def loose_params(network: Network) -> int:
-    """Return the number of parameters that the graph reads by themselves, outside of modules."""
+def loose_params(network: Network, found: Passages) -> int:
+    """Return the number of parameters that the graph reads by themselves and that are not of single channels."""
     named = dict(network.body.named_parameters())
     owned = {id(p) for node in network.nodes if node.op == "call_module" for p in _module_parameters(network, node)}
     read = {str(node.target) for node in network.nodes if node.op == "get_attr" and node.users}
+    counted = set[fx.Node]()
+    for node in found:
+        _parameter_units(network, found, node, counted)
+    read -= {str(node.target) for node in counted}
     return sum(named[name].numel() for name in read & named.keys() if id(named[name]) not in owned)
 
 
@@ -122,43 +164,79 @@ def _module_parameters(network: Network, node: fx.Node) -> list[nn.Parameter]:
     return list(module.parameters()) if module is not None else []
 
 
-def _costs(unit: Unit, held: Held) -> tuple[int, int, int]:
-    n_out = int(held[unit.node].sum())
-    n_in = 1 if unit.alone else int(held[unit.source].sum()) if unit.source in held else 0
-    pairs = n_in * n_out
+def unit_costs(unit: Unit, held: Held) -> tuple[int, int, int]:
+    """Return volume, FLOPs and parameters of a unit with the channels that are held."""
+    out = held[unit.node]
+    n_out = int(out.sum())
+    pairs = n_out if unit.alone else _pairs(unit, held)
     constant = unit.constant if n_out else 0
     return unit.area * n_out, unit.flop_rate * pairs, unit.weights * pairs + unit.vectors * n_out + constant
 
 
+def _pairs(unit: Unit, held: Held) -> int:
+    outputs = held[unit.node].view(unit.groups, -1).sum(1)
+    if unit.in_width is not None:
+        return int(outputs.sum()) * (unit.in_width // unit.groups)
+    return int((held[unit.source].view(unit.groups, -1).sum(1) * outputs).sum())
+
+
 def prunable(network: Network, found: Passages | None = None) -> dict[str, str]:
-    """Return every convolution with the reason why its outputs cannot be pruned, "" if they can."""
+    """Return every convolution and linear layer with the reason why its outputs cannot be pruned, "" if they can."""
     found = passages(network) if found is None else found
+    fixed, reasons = _reaching_output(network, found), dict[str, str]()
+    for node, passage in found.items():
+        if not isinstance(network.module_of(node), READERS):
+            continue
+        name = str(node.target)
+        if passage.kind == "map":
+            mixes = isinstance(network.module_of(node), nn.Linear)
+            reason = f"{'mixes positions' if mixes else 'depthwise'}: follows its input"
+        elif passage.kind != "read":
+            reason = "its input has no channels along the axis that it reads"
+        elif node in fixed:
+            reason = "its channels are the network's output"
+        else:
+            reason = "scales channels: follows them" if scaled_by(network, found, node) is not None else ""
+        reasons[name] = reasons.get(name) or reason
+    return reasons
+
+
+def _reaching_output(network: Network, found: Passages) -> set[fx.Node]:
+    """Return all tensors whose channels reach an output of the network without another layer between."""
     fixed: set[fx.Node] = set()
     pending = [node for output in network.nodes if output.op == "output" for node in output.all_input_nodes]
     while pending:
         node = pending.pop()
         if node not in fixed:
             fixed.add(node)
-            reader = isinstance(network.module_of(node), READERS)
+            stops = isinstance(network.module_of(node), READERS) and found[node].kind != "map"
             passed = [link.source for link in found[node].links] if node in found else []
-            pending += [] if reader else passed or ([] if node.op == "placeholder" else node.all_input_nodes)
-    reasons = {}
-    for node, passage in found.items():
-        module = network.module_of(node)
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            if passage.kind == "map":
-                reasons[str(node.target)] = "depthwise: follows its input"
-            elif passage.kind == "opaque":
-                reasons[str(node.target)] = (
-                    "called twice" if _calls(network, node) > 1 else "no rule for its groups or input"
-                )
-            else:
-                reasons[str(node.target)] = "its channels are the network's output" if node in fixed else ""
-    return reasons
+            pending += [] if stops else passed or ([] if node.op == "placeholder" else node.all_input_nodes)
+    return fixed
 
 
-def _calls(network: Network, node: fx.Node) -> int:
-    return sum(other.op == "call_module" and other.target == node.target for other in network.nodes)
+def scaled_by(network: Network, found: Passages, node: fx.Node) -> fx.Node | None:
+    """Return the product in which the channels of a layer scale those of a larger tensor, if they do nothing else."""
+    products = set[fx.Node]()
+    pending = [(user, _elements(network, node)) for user in node.users]
+    while pending:
+        user, least = pending.pop()
+        passage = found.get(user)
+        if passage is None or passage.width != found[node].width:
+            return None
+        if passage.kind == "mul" and len(passage.links) == 2:
+            if least >= _elements(network, user):
+                return None
+            products.add(user)
+        elif passage.kind in ("map", "pick", "spread") and sum(n in found for n in user.all_input_nodes) == 1:
+            pending += [(later, min(least, _elements(network, user))) for later in user.users]
+        else:
+            return None
+    return products.pop() if len(products) == 1 else None
+
+
+def _elements(network: Network, node: fx.Node) -> int:
+    return torch.Size(network.shapes[node.name]).numel()
 
 
 def layers(network: Network, plan: ChannelPlan | None = None) -> list[LayerCount]:
@@ -168,20 +246,20 @@ def layers(network: Network, plan: ChannelPlan | None = None) -> list[LayerCount
     reasons = prunable(network, found)
     result = []
     for unit in units(network, found):
-        volume, flops, params = _costs(unit, held)
+        volume, flops, params = unit_costs(unit, held)
         name = str(unit.node.target)
-        reason = reasons.get(name, "not a convolution")
+        reason = reasons.get(name, "")
         result.append(
             LayerCount(
                 name=name,
-                kind=type(network.module_of(unit.node)).__name__,
-                in_channels=int(held[unit.source].sum()) if unit.source in held else 0,
+                kind=type(network.module_of(unit.node) or network.body).__name__,
+                in_channels=unit.in_width or (int(held[unit.source].sum()) if unit.source in held else 0),
                 out_channels=int(held[unit.node].sum()),
                 area=unit.area,
                 volume=volume,
                 flops=flops,
                 params=params,
-                gated=not reason,
+                gated=name in reasons and not reason,
                 reason=reason,
             )
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from bar_edge.network.channels import Passages, passages
+from bar_edge.network.channels import Passage, Passages, called_again, is_whole, passages
 from bar_edge.network.network import Network
 
 Held = dict[fx.Node, Tensor]
@@ -16,42 +16,74 @@ Held = dict[fx.Node, Tensor]
 def held_channels(network: Network, kept: Mapping[str, Sequence[int]], found: Passages | None = None) -> Held:
     """Return for every tensor the mask (width,) of dense channels that the sliced network computes.
 
-    kept: convolution name -> output channels whose gate is open (absent name: all). A convolution
-    without live inputs has no live outputs; what nobody reads is not computed. One pass forward and one
-    backward close the plan, because a reader reads every live channel of its input.
+    kept: layer name -> output channels whose gate is open (absent name: all). A layer without live inputs
+    has no live outputs; what nobody reads is not computed. One pass forward and one backward close the
+    plan, because a reader reads every live channel of its input.
     """
     found = passages(network) if found is None else found
     live: Held = {}
     for node, passage in found.items():
-        mask = torch.zeros(passage.width, dtype=torch.bool)
-        if passage.kind in ("source", "opaque"):
-            mask[:] = True
-        elif passage.kind == "read" and live[node.all_input_nodes[0]].any():
+        if is_whole(passage):
+            mask = torch.ones(passage.width, dtype=torch.bool)
+        elif passage.kind == "read":
             ids = kept.get(str(node.target))
-            mask[:] = True if ids is None else mask.index_fill(0, torch.tensor(ids, dtype=torch.int64), True)
-        for link in passage.links:
-            mask[link.outputs] |= live[link.source][link.inputs]
+            mask = torch.ones(passage.width, dtype=torch.bool)
+            if ids is not None:
+                mask = torch.zeros_like(mask).index_fill(0, torch.tensor(ids, dtype=torch.int64), True)
+            mask &= fed(live, found, node).repeat_interleave(passage.width // passage.groups)
+        else:
+            mask = _through(passage, live)
         live[node] = mask
     return _needed(network, found, live)
 
 
+def fed(live: Held, found: Passages, node: fx.Node) -> Tensor:
+    """Return which groups (groups,) of a reader have a live input."""
+    source, groups = node.all_input_nodes[0], found[node].groups
+    if is_whole(found[source]):
+        return torch.ones(groups, dtype=torch.bool)
+    return live[source].view(groups, -1).any(1)
+
+
+def _through(passage: Passage, live: Held) -> Tensor:
+    """Return the channels that exist in one of the inputs, or, of a product, in all of them."""
+    parts = []
+    for link in passage.links:
+        mask = torch.zeros(passage.width, dtype=torch.bool)
+        parts.append(mask.index_put((link.outputs,), live[link.source][link.inputs], accumulate=True))
+    stacked = torch.stack(parts)
+    return stacked.all(0) if passage.kind == "mul" else stacked.any(0)
+
+
 def _needed(network: Network, found: Passages, live: Held) -> Held:
     needed = {node: torch.zeros(passage.width, dtype=torch.bool) for node, passage in found.items()}
-    running: set[fx.Node] = set()
+    again, running = called_again(network), set[fx.Node]()
     for node in reversed(network.nodes):
         passage = found.get(node)
         if passage is None:  # the output, or an operator on something without channels
             if node.op != "output" and not running & node.users.keys():
                 continue
-            wanted = node.all_input_nodes
         elif not (live[node] & needed[node]).any():
             continue
-        else:
-            wanted = node.all_input_nodes if passage.kind in ("read", "opaque") else []
-            for link in passage.links:
-                needed[link.source][link.inputs] |= (live[node] & needed[node])[link.outputs]
         running.add(node)
-        for source in wanted:
-            if source in needed:
+        if passage is None or is_whole(passage):
+            for source in node.all_input_nodes:
+                if source in needed:
+                    needed[source][:] = True
+            continue
+        if passage.kind == "norm" or str(node.target) in again:
+            needed[node][:] = True
+        alive = live[node] & needed[node]
+        if passage.kind == "read":
+            source = node.all_input_nodes[0]
+            if is_whole(found[source]):
                 needed[source][:] = True
+            else:
+                reads = alive.view(passage.groups, -1).any(1)
+                needed[source] |= reads.repeat_interleave(found[source].width // passage.groups)
+        for link in passage.links:
+            wanted = alive[link.outputs] if passage.kind != "norm" else torch.ones_like(link.outputs, dtype=torch.bool)
+            needed[link.source] |= torch.zeros_like(needed[link.source]).index_put(
+                (link.inputs,), wanted, accumulate=True
+            )
     return {node: live[node] & needed[node] for node in found}

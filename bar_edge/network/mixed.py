@@ -1,4 +1,4 @@
-"""The two leaves that a sliced network has and the user's network has not."""
+"""The leaves that a sliced network has and the user's network has not."""
 
 from __future__ import annotations
 
@@ -60,3 +60,51 @@ class Expand(nn.Module):
     def extra_repr(self) -> str:
         """Describe the widths."""
         return f"{len(self.positions)} -> {self.width} along {self.axis}"
+
+
+class PartialNorm(nn.Module):
+    """GroupNorm or LayerNorm of a tensor some of whose channels are absent: zeros that count in the statistics.
+
+    x: (N, n, ...) for axis 1, (..., n) for axis -1 and one group -> the same shape. Channel i belongs to
+    group `membership[i]`; the dense network has `group_width` channels in every group.
+    """
+
+    _member: Tensor
+
+    def __init__(self, axis: int, group_width: int, membership: tuple[int, ...], eps: float, affine: bool) -> None:
+        super().__init__()
+        assert axis == 1 or (axis == -1 and not any(membership))
+        self.axis, self.group_width, self.membership, self.eps, self.affine = axis, group_width, membership, eps, affine
+        groups = sorted(set(membership))
+        member = torch.zeros(len(membership), len(groups))
+        member[torch.arange(len(membership)), [groups.index(group) for group in membership]] = 1
+        self.register_buffer("_member", member, persistent=False)
+        for name in ("weight", "bias"):
+            self.register_parameter(name, nn.Parameter(torch.ones(len(membership))) if affine else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised channels that are there."""
+        y = self._normalised(x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)) if self.axis == 1 else self._last(x)
+        if self.affine:
+            shape = [1, -1, *[1] * (x.ndim - 2)] if self.axis == 1 else [-1]
+            return y.view_as(x) * self.weight.view(shape) + self.bias.view(shape)
+        return y.view_as(x)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        """x: (N, n, area); sums over a group are products with the (n, groups) matrix of membership."""
+        member, size = self._member.to(x.dtype), self.group_width * x.shape[2]
+        mean = x.sum(2) @ member / size
+        centred = x - (mean @ member.t()).unsqueeze(2)
+        absent = self.group_width - member.sum(0)
+        variance = (centred.square().sum(2) @ member + absent * x.shape[2] * mean.square()) / size
+        return centred * ((variance + self.eps).rsqrt() @ member.t()).unsqueeze(2)
+
+    def _last(self, x: Tensor) -> Tensor:
+        mean = x.sum(-1, keepdim=True) / self.group_width
+        centred, absent = x - mean, self.group_width - len(self.membership)
+        variance = (centred.square().sum(-1, keepdim=True) + absent * mean.square()) / self.group_width
+        return centred * (variance + self.eps).rsqrt()
+
+    def extra_repr(self) -> str:
+        """Describe the widths."""
+        return f"{len(self.membership)} channels, groups of {self.group_width}, axis {self.axis}"

@@ -25,7 +25,8 @@ class Network(nn.Module):
     """A traced network that trains, slices, saves and loads without the class that made it.
 
     Inputs are (N, *input_shapes[i]); N is free, the other sizes are those of the trace. Parameters keep
-    the user's names under `body`. `shapes` maps every tensor of the graph to its shape for N = 2.
+    the user's names under `body`. For N = 2, `shapes` maps every tensor of the graph to its shape and
+    `sizes` every other value (a size, a sum of sizes) to its number.
     """
 
     def __init__(self, body: fx.GraphModule, input_shapes: tuple[tuple[int, ...], ...], out_spec: Structure) -> None:
@@ -33,7 +34,7 @@ class Network(nn.Module):
         self.body, self.input_shapes, self.out_spec = body, input_shapes, out_spec
         body.graph.lint()
         _check_structure(out_spec, len(body.graph.output_node().args[0]))  # type: ignore[arg-type]
-        self.shapes: dict[str, tuple[int, ...]] = _propagate_shapes(body, input_shapes)
+        self.shapes, self.sizes = _propagate_shapes(body, input_shapes)
 
     def forward(self, *inputs: Tensor) -> Any:
         """Run the graph and return what the user's module returned."""
@@ -132,8 +133,11 @@ def is_network_folder(folder: Path) -> bool:
     return (folder / "network.json").is_file()
 
 
-def _propagate_shapes(body: fx.GraphModule, input_shapes: tuple[tuple[int, ...], ...]) -> dict[str, tuple[int, ...]]:
+def _propagate_shapes(
+    body: fx.GraphModule, input_shapes: tuple[tuple[int, ...], ...]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, int | float]]:
     shapes: dict[str, tuple[int, ...]] = {}
+    sizes: dict[str, int | float] = {}
 
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -142,6 +146,8 @@ def _propagate_shapes(body: fx.GraphModule, input_shapes: tuple[tuple[int, ...],
             value = self.fetch_args_kwargs_from_env(n)[0][0] if same else super().run_node(n)
             if isinstance(value, Tensor):
                 shapes[n.name] = tuple(value.shape)
+            elif isinstance(value, int | float):
+                sizes[n.name] = value
             return value
 
     modes = {module: module.training for module in body.modules()}
@@ -152,7 +158,7 @@ def _propagate_shapes(body: fx.GraphModule, input_shapes: tuple[tuple[int, ...],
         Recorder(body).run(*(torch.empty(2, *shape, device=device, dtype=dtype) for shape in input_shapes))
     for module, training in modes.items():
         module.training = training
-    return shapes
+    return shapes, sizes
 
 
 _KEEP_SHAPE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout)

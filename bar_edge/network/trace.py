@@ -107,7 +107,9 @@ class _Builder:
             elif node.op == "output":
                 self.graph.output(tuple(self._map(arg) for arg in node.args[0][self.mutated :]))
             elif node.op == "call_function":
-                self.nodes[node] = self._call(node)
+                called = self._call(node)
+                if called is not None:
+                    self.nodes[node] = called
             else:
                 raise InputError("a forward without control flow on data", got=f"{node.op} {node.target}")
         body = fx.GraphModule(self.root, self.graph)
@@ -116,26 +118,40 @@ class _Builder:
         body.delete_all_unused_submodules()
         return body
 
-    def _call(self, node: fx.Node) -> fx.Node:
-        made = MODULE_BUILDERS.get(node.target, _no_module)(self, node)
-        if made is not None:
-            name, module = made
-            try:
-                existing: nn.Module | None = self.root.get_submodule(name)
-            except AttributeError:
-                existing = None
-            if existing is None:
-                attach(self.root, name, module)
-                existing = module
-            if repr(existing) == repr(module) and _same_tensors(existing, module):
-                return self.graph.call_module(name, (self._map(node.args[0]),))
+    def _call(self, node: fx.Node) -> fx.Node | None:
+        if node.target in _PIECES and all(user.target is operator.getitem for user in node.users):
+            return None  # what reads the pieces cuts them out itself
+        piece = _piece(node)
+        if piece is not None:
+            target, *rest = piece
+            return self.graph.call_function(target, (self._map(node.args[0].args[0]), *rest))  # type: ignore[union-attr]
         target, in_place = _out_of_place(node.target)
-        if _is_flatten(node):
-            return self.graph.call_function(aten.flatten.using_ints, (self._map(node.args[0]), 1))
-        result = self.graph.call_function(target, self._map(node.args), self._map(node.kwargs))
+        result = self._as_module(node, target) or self._as_function(node, target)
         if in_place:
             self._rewrite(node, result)
         return result
+
+    def _as_module(self, node: fx.Node, target: Any) -> fx.Node | None:
+        """Call a module that holds the weights of an operation, None if it has none of its own."""
+        made = MODULE_BUILDERS.get(target, _no_module)(self, node)
+        if made is None:
+            return None
+        name, module = made
+        try:
+            existing = self.root.get_submodule(name)
+        except AttributeError:
+            attach(self.root, name, module)
+            existing = module
+        same = repr(existing) == repr(module) and _same_tensors(existing, module)
+        return self.graph.call_module(name, (self._map(node.args[0]),)) if same else None
+
+    def _as_function(self, node: fx.Node, target: Any) -> fx.Node:
+        if _is_flatten(node):
+            return self.graph.call_function(aten.flatten.using_ints, (self._map(node.args[0]), 1))
+        if target is aten.expand_as.default and node.args[0].meta["val"].ndim == node.meta["val"].ndim:  # type: ignore[union-attr]
+            shape = [-1, *node.meta["val"].shape[1:]]
+            return self.graph.call_function(aten.expand.default, (self._map(node.args[0]), shape))
+        return self.graph.call_function(target, self._map(node.args), self._map(node.kwargs))
 
     def _rewrite(self, node: fx.Node, result: fx.Node) -> None:
         """Let every name of the tensor that `node` writes to mean the result from here on.
@@ -311,18 +327,37 @@ def _prelu(builder: _Builder, node: fx.Node) -> Made:
 
 def _group_norm(builder: _Builder, node: fx.Node) -> Made:
     a = _arguments(node)
-    if not builder.is_weight(a["weight"]) or not builder.is_weight(a["bias"]):
-        return None
-    module = nn.GroupNorm(a["num_groups"], builder.tensor(a["weight"]).shape[0], a["eps"])
-    return builder.owner(a["weight"])[0], _fill(builder, module, {"weight": a["weight"], "bias": a["bias"]})
+    width = node.meta["val"].shape[1]
+    return _norm(builder, node, nn.GroupNorm(a["num_groups"], width, a["eps"], affine=a["weight"] is not None))
 
 
 def _layer_norm(builder: _Builder, node: fx.Node) -> Made:
     a = _arguments(node)
-    if not builder.is_weight(a["weight"]) or not builder.is_weight(a["bias"]):
+    shape, affine, bias = tuple(a["normalized_shape"]), a["weight"] is not None, a["bias"] is not None
+    return _norm(builder, node, nn.LayerNorm(shape, a["eps"], elementwise_affine=affine, bias=bias))
+
+
+def _instance_norm(builder: _Builder, node: fx.Node) -> Made:
+    a = _arguments(node)
+    kinds = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}
+    kind, width = kinds.get(node.meta["val"].ndim), node.meta["val"].shape[1]
+    if kind is None or a["running_mean"] is not None:
         return None
-    module = nn.LayerNorm(tuple(a["normalized_shape"]), a["eps"])
-    return builder.owner(a["weight"])[0], _fill(builder, module, {"weight": a["weight"], "bias": a["bias"]})
+    return _norm(builder, node, kind(width, a["eps"], affine=a["weight"] is not None))
+
+
+def _norm(builder: _Builder, node: fx.Node, module: nn.Module) -> Made:
+    """Name a norm after its weight, or after the module that called it if it has none."""
+    a = _arguments(node)
+    weights = {name: a[name] for name in ("weight", "bias")}
+    if not all(v is None or builder.is_weight(v) for v in weights.values()):
+        return None
+    if weights["weight"] is None:
+        if weights["bias"] is not None:
+            return None
+        stack = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
+        return f"{stack[-1] if stack and stack[-1] else 'functional'}_{node.name}".replace(".", "_"), module
+    return builder.owner(weights["weight"])[0], _fill(builder, module, weights)
 
 
 def _dropout(builder: _Builder, node: fx.Node) -> Made:
@@ -331,7 +366,7 @@ def _dropout(builder: _Builder, node: fx.Node) -> Made:
     if a["train"]:  # on in eval mode too: the user wants noise always
         return None
     kinds = {3: nn.Dropout1d, 4: nn.Dropout2d, 5: nn.Dropout3d}
-    channels = node.target is aten.feature_dropout.default
+    channels = node.target in (aten.feature_dropout.default, aten.feature_dropout_.default)
     kind = kinds.get(node.meta["val"].ndim) if channels else nn.Dropout
     return (f"{owner}_{node.name}".replace(".", "_"), kind(a["p"])) if kind is not None else None
 
@@ -364,6 +399,7 @@ MODULE_BUILDERS: dict[object, Callable[[_Builder, fx.Node], Made]] = {
     aten.prelu.default: _prelu,
     aten.group_norm.default: _group_norm,
     aten.layer_norm.default: _layer_norm,
+    aten.instance_norm.default: _instance_norm,
     aten.dropout.default: _dropout,
     aten.feature_dropout.default: _dropout,
     aten.conv_transpose1d.default: _conv_transpose,
@@ -381,6 +417,33 @@ def _out_of_place(target: Any) -> tuple[Any, bool]:
     if not packet.endswith("_") or twin is None:
         raise InputError("a network without operators that write into their input", got=str(target))
     return twin, True
+
+
+_PIECES = {
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.split.sizes,
+    aten.unbind.int,
+    aten.unsafe_chunk.default,
+    aten.unsafe_split.Tensor,
+}
+
+
+def _piece(node: fx.Node) -> tuple[Any, ...] | None:
+    """Return operator and arguments of one piece of a chunk, split or unbind: a slice or an index, None if no such."""
+    if node.target is not operator.getitem or node.args[0].target not in _PIECES:  # type: ignore[union-attr]
+        return None
+    cut, which = node.args
+    assert isinstance(cut, fx.Node) and isinstance(which, int)
+    dim = int(_arguments(cut)["dim"])
+    if cut.target is aten.unbind.int:
+        return aten.select.int, dim, which
+    lengths = [value.shape[dim] for value in cut.meta["val"]]
+    which %= len(lengths)
+    if not all(isinstance(length, int) for length in lengths):
+        raise InputError("a forward that splits no batch", got=str(cut.target), remedy="split along another axis")
+    return aten.slice.Tensor, dim, sum(lengths[:which]), sum(lengths[: which + 1])
 
 
 def _is_flatten(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from bar_edge.network import Network
-from bar_edge.network.channels import passages
+from bar_edge.network.channels import is_whole, passages
 from bar_edge.network.liveness import held_channels
 from bar_edge.network.network import unflatten
 from bar_edge.records import ChannelPlan
@@ -27,7 +27,7 @@ def masked_outputs(network: Network, plan: ChannelPlan, *inputs: Tensor) -> Any:
     class Masking(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
-            if n not in held or found[n].kind == "source":
+            if n not in held or is_whole(found[n]) or found[n].kind == "spread":
                 return value
             shape = [1] * value.ndim
             shape[found[n].axis] = -1

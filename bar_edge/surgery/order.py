@@ -12,10 +12,15 @@ from bar_edge.network.liveness import Held
 def is_identity(passage: Passage) -> bool:
     """Tell whether a tensor has its channels one by one from one input."""
     return (
-        passage.kind == "map"
+        passage.kind in ("map", "norm")
         and len(passage.links) == 1
         and torch.equal(passage.links[0].inputs, passage.links[0].outputs)
     )
+
+
+def joins(passage: Passage) -> bool:
+    """Tell whether a tensor's channels are those of its inputs: sums, products, operators on each channel."""
+    return passage.kind in ("add", "mul") or is_identity(passage)
 
 
 def streams(found: Passages) -> dict[fx.Node, fx.Node]:
@@ -29,10 +34,11 @@ def streams(found: Passages) -> dict[fx.Node, fx.Node]:
 
     for node, passage in found.items():
         parent[node] = node
-        if passage.kind == "add" or is_identity(passage):
+        if joins(passage):
             for link in passage.links:
-                a, b = root(link.source), root(node)
-                parent[b] = a
+                if passage.kind != "mul" or found[link.source].width == passage.width:
+                    a, b = root(link.source), root(node)
+                    parent[b] = a
     return {node: root(node) for node in found}
 
 
@@ -44,7 +50,7 @@ def first_write_ranks(found: Passages, held: Held) -> dict[fx.Node, Tensor]:
     stream = streams(found)
     first: dict[fx.Node, Tensor] = {}
     for time, (node, passage) in enumerate(found.items()):
-        if passage.kind == "add" or is_identity(passage) or found[stream[node]].width != passage.width:
+        if joins(passage) or found[stream[node]].width != passage.width:
             continue
         times = first.setdefault(stream[node], torch.full((passage.width,), len(found)))
         times[held[node] & (times == len(found))] = time
