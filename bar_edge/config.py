@@ -147,9 +147,17 @@ class RunConfig:
     task: str = "classification"
     seed: int = 0
     max_drop: float | None = None
+    #: layers that are not pruned (`head.*`) or keep at least so many channels (`stages.0.*=8`)
+    keep: tuple[str, ...] = ()
+    #: widths end as multiples of this
+    round_to: int = 1
     train: TrainConfig = TrainConfig()
     distill: DistillConfig = DistillConfig()
     bar: BarConfig = BarConfig()
+
+    def __post_init__(self) -> None:
+        """Raise InputError for widths that are multiples of nothing."""
+        _at_least(self, 1, "round_to")
 
 
 #: what a preset changes in the defaults. paper: Lemaire et al. 2019, section 5.1 and supplement 3, on CIFAR;

@@ -17,10 +17,12 @@ from bar_edge.errors import EnvironmentLacks, InputError
 from bar_edge.export.artifact import ArtifactSpec, write_artifact
 from bar_edge.export.lowering import LOWERINGS, lower
 from bar_edge.export.onnx import Preprocessing, parity_onnx
+from bar_edge.export.torch_source import write_torch_source
 from bar_edge.export.verify import verify_artifact
-from bar_edge.methods import GateLayout, smallest_cost
+from bar_edge.methods import GateLayout
 from bar_edge.models import load_weights
-from bar_edge.network import Network, count, is_network_folder, layers
+from bar_edge.network import Network, count, is_network_folder
+from bar_edge.preflight import modes_apart, preflight
 from bar_edge.records import Budget, ChannelPlan, read_json, write_json
 from bar_edge.report import write_report
 from bar_edge.run import PARITY_LIMIT, Run, describe_budget, masked_parity, versions
@@ -59,25 +61,15 @@ def inspect_model(
     data: str | None = None,
     input_shape: tuple[int, ...] | None = None,
     budget: str | None = None,
+    keep: tuple[str, ...] = (),
+    round_to: int = 1,
 ) -> dict[str, Any]:
-    """Return layers, costs, what can be pruned and the smallest feasible budget of a model."""
+    """Return layers, costs, what can be pruned and what not and why, and the smallest feasible budgets of a model."""
     shape, classes = shape_and_classes(data, input_shape)
     network = read_network(model, model_args, shape, classes)
-    layout, full, found = GateLayout(network), count(network), layers(network)
-    costs = {}
-    for metric in ("volume", "flops", "params"):
-        total = full.of(metric)
-        own = sum(getattr(layer, metric) for layer in found if layer.gated)
-        least = smallest_cost(layout, metric)
-        costs[metric] = {"full": total, "prunable_share": own / total if total else 0.0, "smallest": least}
-    answer: dict[str, Any] = {
-        "model": model,
-        "input": list(shape),
-        "fingerprint": network.fingerprint,
-        "costs": costs,
-        "layers": [dataclasses.asdict(layer) for layer in found],
-        "without_rule": sorted({str(n.target) for n, p in layout.found.items() if p.kind == "opaque"}),
-    }
+    layout = GateLayout(network, keep=keep, round_to=round_to)
+    unsure = [] if Path(model).is_dir() else modes_apart(build_module(model, model_args, shape, classes))
+    answer = {"model": model, "input": list(shape), **preflight(layout, unsure)}
     if budget is not None:
         answer["budget"] = describe_budget(layout, Budget.parse(budget))
     return answer
@@ -130,14 +122,18 @@ def export_run(
 
     The verdict is no if the file computes something else; an earlier artifact then stays.
     """
-    if target not in DEFAULT_LOWERING or precision != "fp32":
+    if target not in (*DEFAULT_LOWERING, "torch") or precision != "fp32":
         raise EnvironmentLacks(
-            f"a target out of: {', '.join(DEFAULT_LOWERING)}, in fp32",
+            f"a target out of: {', '.join(DEFAULT_LOWERING)}, torch, in fp32",
             got=f"{target}, {precision}",
             consequence="nothing was written",
         )
     result, config = _read_result(run), run_config(read_toml(run / "config.toml"))
     network = Network.load(run / "network")
+    if target == "torch":
+        folder = out or run / "artifacts" / "torch-fp32"
+        source = write_torch_source(network, folder)
+        return {"verdict": True, "artifact": str(folder), "file": source.name}
     form = DEFAULT_LOWERING[target] if lowering == "auto" else lowering
     if form not in LOWERINGS:
         raise InputError(f"a lowering: auto, {', '.join(LOWERINGS)}", got=repr(lowering), remedy="choose one of these")

@@ -45,7 +45,7 @@ class Run:
         self.network = read_network(config.model, config.model_arg, self.data.input_shape, len(self.data.classes))
         if config.weights:
             self.network = with_weights(config.model, config.model_arg, self.data, Path(config.weights))
-        self.layout = GateLayout(self.network)
+        self.layout = self._layout(self.network)
         self.budget = Budget.parse(config.budget)
         self.limit = budget_limit(self.layout, self.budget)
         _prepare_folder(out, to_toml(config), resume)
@@ -83,7 +83,7 @@ class Run:
         if self.config.method == "bar":
             folded, plan, forced = self._bar(dense, teacher)
         else:
-            plan = random_plan(GateLayout(dense), self.budget.metric, self.limit, self.config.seed)
+            plan = random_plan(self._layout(dense), self.budget.metric, self.limit, self.config.seed)
             folded, forced, self.end = dense, 0, {}
         sliced = slice_network(folded, plan)
         self.parity = masked_parity(folded, plan, sliced, self._images())
@@ -105,6 +105,8 @@ class Run:
             config=c.bar,
             distill=c.distill,
             soft_loss=self.task.distill if isinstance(self.task, Distills) else soft_cross_entropy,
+            keep=c.keep,
+            round_to=c.round_to,
             seed=c.seed,
         )
         self._train(pruner.network, "prune", pruner=pruner)
@@ -113,6 +115,9 @@ class Run:
         folded, plan, end = pruner.finish()
         self.end = end
         return folded, plan, int(end["forced"])
+
+    def _layout(self, network: Network) -> GateLayout:
+        return GateLayout(network, keep=self.config.keep, round_to=self.config.round_to)
 
     def tune(self, sliced: Network, teacher: nn.Module) -> None:
         """Fine-tune in place; without epochs, re-estimate BatchNorm and keep that if held-out images prefer it."""

@@ -65,8 +65,7 @@ def read_network(
 
 def build_module(model: str, model_args: tuple[str, ...], input_shape: tuple[int, ...], classes: int) -> nn.Module:
     """Return the user's or the zoo's module for a SPEC."""
-    channels, height, width = input_shape
-    return build(model, input_shape=(channels, height, width), classes=classes, model_args=model_args)
+    return build(model, input_shape=input_shape, classes=classes, model_args=model_args)
 
 
 def trace_module(module: nn.Module, input_shape: tuple[int, ...]) -> Network:

@@ -87,7 +87,7 @@ def track(value: Tensor, exists: Tensor, axis: int | None, run: Run) -> Tracked:
 
 
 def _beside(value: Tensor, numbers: Tensor) -> Tensor:
-    """Return numbers, broadcast to the shape of a value, in memory of the same order: what views one views the other."""
+    """Return numbers broadcast to the shape of a value, in memory of the same order, so that views fit both."""
     return torch.empty_like(value, dtype=torch.float64).copy_(numbers)
 
 
@@ -267,6 +267,11 @@ def _prelu(call: Call) -> Channels:
     return _channelwise(call) if call.argument(1, "weight").numel() == 1 else _on_axis_1(call)
 
 
+def _layer_norm(call: Call) -> Channels:
+    """Over channels that lie last; over channels and space together there is no rule."""
+    return _channelwise(call) if len(call.argument(1, "normalized_shape")) == 1 else _opaque(call)
+
+
 def _pad(call: Call) -> Channels:
     """Along space; padded channels have no rule."""
     amounts, axis = call.argument(1, "pad"), channel_axis(call.x)
@@ -320,13 +325,13 @@ def _parts(call: Call) -> tuple[list[Tensor], int]:
 #: which functions a rule is for; all others are opaque
 _FUNCTIONS: dict[Rule, str] = {
     _channelwise: """relu relu6 leaky_relu elu selu celu silu gelu mish tanh hardtanh hardswish sigmoid hardsigmoid
-        softplus softsign logsigmoid tanhshrink softshrink hardshrink threshold abs neg exp expm1 log log1p sqrt rsqrt
-        square sin cos erf reciprocal rsub rdiv rtruediv rpow dropout dropout1d dropout2d dropout3d feature_dropout
-        alpha_dropout feature_alpha_dropout layer_norm""",
+        softplus softsign logsigmoid tanhshrink softshrink hardshrink abs neg exp expm1 log1p sqrt
+        square sin cos erf rsub dropout dropout1d dropout2d dropout3d feature_dropout
+        alpha_dropout feature_alpha_dropout""",
+    _layer_norm: "layer_norm",
     _one_tensor: "div truediv itruediv true_divide pow ipow clamp clamp_min clamp_max clip",
     _on_axis_1: """batch_norm instance_norm group_norm interpolate upsample max_pool1d max_pool2d max_pool3d avg_pool1d
-        avg_pool2d avg_pool3d lp_pool1d lp_pool2d lp_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-        adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d""",
+        avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d""",
     _convolution: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
     _linear: "linear",
     _binary(torch.maximum): "add radd iadd sub isub subtract",

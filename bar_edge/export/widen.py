@@ -63,7 +63,9 @@ def stream_placements(network: Network, found: Passages) -> dict[fx.Node, Placem
             roots = [root(start[node] + i) for i in range(passage.width)]
             places[node] = [ranks.setdefault(r, len(ranks)) for r in roots]
     found_places = {node: Placement(len(rank[stream[node]]), tuple(p)) for node, p in places.items()}
-    fixed = {stream[n] for n, place in found_places.items() if not _is_whole(place) and not _can_widen(network, found[n], n)}
+    fixed = {
+        stream[n] for n, place in found_places.items() if not _is_whole(place) and not _can_widen(network, found[n], n)
+    }
     return {node: place for node, place in found_places.items() if stream[node] not in fixed}
 
 

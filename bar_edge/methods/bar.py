@@ -128,7 +128,8 @@ class BAR:
         if gates.log_alpha.grad is not None and bool(gates.log_alpha.grad.isfinite().all()):
             self.optimizer.step(gates.log_alpha.grad, self._cost_gradient, self._stats["barrier"], self.weight)
         for ids, n in self.protected:
-            best = ids.to(gates.log_alpha.device)[torch.topk(gates.log_alpha[ids.to(gates.log_alpha.device)], n).indices]
+            own = ids.to(gates.log_alpha.device)
+            best = own[torch.topk(gates.log_alpha[own], n).indices]
             gates.log_alpha[best] = gates.log_alpha[best].clamp(min=self.config.protect_floor)
         gates.log_alpha.grad = None
         gates.step, gates.passes = gates.step + 1, 0

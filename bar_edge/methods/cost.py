@@ -55,6 +55,7 @@ class GateCost(nn.Module):
                     n_in = rows.of(unit.source, group, unit.groups)
                 if out_rate or pair_rate:
                     entries.append((n_in, n_out, out_rate, pair_rate))
+
         def join(parts: list[Tensor]) -> Tensor:
             return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 

@@ -202,8 +202,9 @@ def _insert(network: Network, gates: Gates, sites: list[Site]) -> fx.GraphModule
 def _scaled(module: nn.Module | None, site: Site) -> nn.Module | None:
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
         return ScaledNorm(module)
-    own = isinstance(module, nn.Linear) and site.mask is None
-    if own or isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):  # a masked depthwise bias is scaled like an own gate
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):  # a masked depthwise bias is scaled like an own gate
+        return ScaledConv(module)
+    if isinstance(module, nn.Linear) and site.mask is None:
         return ScaledConv(module)
     return None
 

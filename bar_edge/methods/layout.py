@@ -137,7 +137,7 @@ class GateLayout:
         """Return the writers of a product: its only gated operand's, else new entries behind the gates."""
         factors = [_follow(writers[link.source], link, passage.width) for link in passage.links]
         gated = [w for w in factors if not w.always.all()] or factors[:1]
-        if len(gated) == 1 or (torch.equal(gated[0].gate, gated[1].gate) and torch.equal(gated[0].channel, gated[1].channel)):
+        if len(gated) == 1 or _same(*gated):
             return gated[0], end
         self.products.append((gated[0], gated[1]))
         every = torch.arange(passage.width)
@@ -148,9 +148,9 @@ def _kept_layers(reasons: dict[str, str], keep: tuple[str, ...]) -> tuple[set[st
     """Return the layers that stay whole and the least widths of others."""
     whole, least = set[str](), dict[str, int]()
     for item in keep:
-        pattern, _, number = item.partition("=")
+        pattern, equals, number = item.partition("=")
         names = fnmatch.filter(reasons, pattern)
-        if not names or (number and not number.isdigit()):
+        if not names or (equals and not number.isdigit()):
             raise InputError(
                 "--keep PATTERN or PATTERN=WIDTH, with a pattern that fits a convolution or linear layer",
                 got=item,
@@ -176,6 +176,10 @@ def _groups(network: Network, found: Passages, offsets: dict[str, tuple[int, int
         for name in {str(node.target), str(source.target)} & offsets.keys():
             groups[name] = math.lcm(groups.get(name, 1), passage.groups)
     return {name: g for name, g in groups.items() if offsets[name][1] % g == 0}
+
+
+def _same(a: Writers, b: Writers) -> bool:
+    return torch.equal(a.gate, b.gate) and torch.equal(a.channel, b.channel) and torch.equal(a.always, b.always)
 
 
 def _once(gate: Tensor, channel: Tensor, width: int) -> tuple[Tensor, Tensor]:

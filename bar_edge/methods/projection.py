@@ -34,6 +34,13 @@ def budget_limit(layout: GateLayout, budget: Budget) -> float:
             consequence="there is nothing to prune",
             remedy="see `bar-edge inspect` for what each layer lacks",
         )
+    if not full_counts(layout).of(budget.metric):
+        raise InputError(
+            "a network with a convolution",
+            got=f"none: its {budget.metric} is 0",
+            consequence="there is nothing to prune",
+            remedy="linear layers alone have parameters only: give a budget such as 4x:params",
+        )
     limit = budget.limit(full_counts(layout).of(budget.metric))
     least = smallest_cost(layout, budget.metric)
     if limit < least:

@@ -17,7 +17,7 @@ from bar_edge.models.vgg import vgg16
 from bar_edge.models.wide_resnet import wide_resnet
 from bar_edge.user_code import call
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
 
 #: name -> factory(input_shape=, classes=, width=); any wrn-D-K is known besides
 ZOO: dict[str, Callable[..., nn.Module]] = {
@@ -88,6 +88,10 @@ def _from_zoo(name: str, input_shape: Shape, classes: int, arguments: dict[str, 
             got=repr(name),
             consequence="nothing was started",
             remedy=f"closest name: {close[0]}",
+        )
+    if len(input_shape) != 3:
+        raise InputError(
+            f"images CxHxW for {name}", got="x".join(map(str, input_shape)), remedy="--input 3x32x32, or another model"
         )
     width = arguments.pop("width", 1.0)
     if arguments or isinstance(width, (bool, str)) or not 0 < width <= 64:

@@ -72,7 +72,7 @@ def passages(network: Network) -> Passages:
     found: Passages = {}
     for node in network.nodes:
         shape = network.shapes.get(node.name)
-        if node.op in ("output", "get_attr") or shape is None or len(shape) < 2:
+        if node.op == "output" or is_constant(node) or shape is None or len(shape) < 2:
             continue
         if node.op == "placeholder":
             found[node] = Passage("source", 1, shape[1])
@@ -85,8 +85,11 @@ def passages(network: Network) -> Passages:
 
 
 def is_constant(node: fx.Node) -> bool:
-    """Tell whether a node is a parameter or buffer that the graph reads by itself."""
-    return node.op == "get_attr"
+    """Tell whether a node is a parameter or buffer that the graph reads by itself, maybe in another shape."""
+    if node.op == "get_attr":
+        return True
+    first = node.args[0] if node.args else None
+    return node.target in MOVEMENTS and node.all_input_nodes == [first] and is_constant(node.all_input_nodes[0])
 
 
 def is_depthwise(module: nn.Module | None) -> bool:
@@ -101,7 +104,9 @@ def called_again(network: Network) -> set[str]:
 
 
 def attribute(network: Network, node: fx.Node) -> Tensor:
-    """Return the parameter or buffer that a get_attr node reads."""
+    """Return the parameter or buffer that a constant node reads, as a view if it is moved."""
+    if node.op != "get_attr":
+        return moved(node, attribute(network, node.all_input_nodes[0]), network.sizes, {})
     value = operator.attrgetter(str(node.target))(network.body)
     assert isinstance(value, Tensor)
     return value
@@ -232,7 +237,7 @@ def _reduce(network: Network, node: fx.Node, found: Passages) -> Passage | None:
     if source is None or not isinstance(dims, list | tuple) or not dims:
         return None
     rank, axis = len(network.shapes[source.name]), found[source].axis
-    gone = {int(d) % rank for d in dims}  # type: ignore[arg-type]
+    gone = {int(d) % rank for d in dims}
     if is_whole(found[source]):
         return _whole(network, node)
     if axis in gone or 0 in gone:
@@ -329,8 +334,8 @@ def _two_tensors(
     if all(found[x].width != width for x in wide):  # a whole tensor is wider
         return None
     every = torch.arange(width)
-    sources = {x: every if found[x].width == width else torch.zeros_like(every) for x in wide}
-    return Passage(kind, axis, width, tuple(Link(x, inputs, every) for x, inputs in sources.items()))
+    links = [Link(x, every if found[x].width == width else torch.zeros_like(every), every) for x in wide]
+    return Passage(kind, axis, width, tuple(links))
 
 
 def _with_parameter(
@@ -399,13 +404,16 @@ def _movement(network: Network, node: fx.Node, found: Passages) -> Passage | Non
     numbers = element_numbers(network, node, numbered(shape) if spread is None else spread)
     axes = sorted(range(1, numbers.ndim), key=lambda i: (i != axis, i != 1, i != numbers.ndim - 1))
     singles = [(i, old) for i in axes if (old := one_to_one(numbers, shape, axis, i)) is not None]
+    moves_on = bool(node.users) and all(user.target in MOVEMENTS | COPIES for user in node.users)
+    if shape[axis] == 1 and singles and spread is None:
+        singles, moves_on = _where_one_lies(network, node, shape, axis, singles)
     for new_axis, old in sorted(singles, key=lambda single: len(torch.unique(single[1])) == 1):
         same = new_axis == axis and numbers.ndim == len(shape)
         same = same and torch.equal(numbered(shape).index_select(axis, old), numbers)
         if same or spread is None:
             link = Link(base, old, torch.arange(len(old)))
             return Passage("pick" if same else "map", new_axis, len(old), (link,))
-    if node.users and all(user.target in MOVEMENTS | COPIES for user in node.users):
+    if moves_on:
         every = torch.arange(found[base].width)
         return Passage("spread", 1, found[base].width, (Link(base, every, every),), numbers=numbers)
     pairs = [(i, sets) for i in axes if (sets := many_to_one(numbers, shape, axis, i)) is not None]
@@ -413,6 +421,28 @@ def _movement(network: Network, node: fx.Node, found: Passages) -> Passage | Non
         return None
     new_axis, sets = pairs[0]
     return Passage("map", new_axis, numbers.shape[new_axis], (Link(base, *sets),))
+
+
+def _where_one_lies(
+    network: Network, node: fx.Node, shape: tuple[int, ...], axis: int, singles: list[tuple[int, Tensor]]
+) -> tuple[list[tuple[int, Tensor]], bool]:
+    """Return the axis of a single channel, which its numbers do not tell: as it would be if there were two.
+
+    Where that cannot be asked (sizes as numbers), any axis of length 1, and whether to decide later.
+    """
+    doubled = (*shape[:axis], 2, *shape[axis + 1 :])
+    try:
+        numbers = element_numbers(network, node, numbered(doubled))
+        told_of = numbers.ndim == len(network.shapes[node.name])
+    except RuntimeError:
+        told_of = False
+    if not told_of:
+        later = bool(node.users) and all(user.target in MOVEMENTS | COPIES for user in node.users)
+        ones = [(i, old) for i, old in singles if len(old) == 1]
+        return (ones, False) if ones else ([], True) if later else (singles, False)
+    found = [(i, one_to_one(numbers, doubled, axis, i)) for i, _ in singles]
+    told = [i for i, old in found if old is not None and len(torch.unique(old)) == 2]
+    return [(i, old) for i, old in singles if i in told] or singles, False
 
 
 def _copied(network: Network, node: fx.Node, found: Passages) -> Passage | None:
@@ -426,22 +456,27 @@ def _known(network: Network, node: fx.Node, source: fx.Node) -> bool:
 
 
 PER_CHANNEL = [nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d]
-PER_ELEMENT_ZERO = """relu relu6 leaky_relu elu selu celu silu gelu mish tanh hardswish softsign abs neg square sqrt
-    sin asin atan sinh asinh erf expm1 log1p sign round floor ceil trunc hardshrink softshrink tanhshrink
-    rrelu _to_copy to.dtype type_as prelu""".split()
-PER_ELEMENT = "sigmoid hardsigmoid softplus exp cos cosh log_sigmoid rsub.Scalar".split()
-POOLS = """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d adaptive_max_pool1d.fixed upsample_nearest1d.vec upsample_nearest2d.vec upsample_nearest3d.vec
-    _upsample_nearest_exact1d.vec _upsample_nearest_exact2d.vec upsample_linear1d.vec upsample_bilinear2d.vec
-    upsample_trilinear3d.vec upsample_bicubic2d.vec upsample_nearest1d upsample_nearest2d upsample_linear1d
-    upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa.vec reflection_pad1d reflection_pad2d
-    reflection_pad3d replication_pad1d replication_pad2d replication_pad3d""".split()
-REDUCTIONS = "mean.dim sum.dim_IntList amax amin var.correction std.correction".split()
+PER_ELEMENT_ZERO = (
+    "relu relu6 leaky_relu elu selu celu silu gelu mish tanh hardswish softsign abs neg square sqrt sin asin "
+    "atan sinh asinh erf expm1 log1p sign round floor ceil trunc hardshrink softshrink tanhshrink rrelu "
+    "_to_copy to.dtype type_as prelu"
+)
+PER_ELEMENT = "sigmoid hardsigmoid softplus exp cos cosh log_sigmoid rsub.Scalar"
+POOLS = (
+    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
+    "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d.fixed upsample_nearest1d.vec "
+    "upsample_nearest2d.vec upsample_nearest3d.vec _upsample_nearest_exact1d.vec "
+    "_upsample_nearest_exact2d.vec upsample_linear1d.vec upsample_bilinear2d.vec upsample_trilinear3d.vec "
+    "upsample_bicubic2d.vec upsample_nearest1d upsample_nearest2d upsample_linear1d upsample_bilinear2d "
+    "upsample_bicubic2d _upsample_bilinear2d_aa.vec reflection_pad1d reflection_pad2d reflection_pad3d "
+    "replication_pad1d replication_pad2d replication_pad3d"
+)
+REDUCTIONS = "mean.dim sum.dim_IntList amax amin var.correction std.correction"
 
 
-def _operators(names: list[str]) -> list[object]:
+def _operators(names: str) -> list[object]:
     """Return the ATen operators of these names (the default overload unless one is named) that this torch has."""
-    split = [name.partition(".")[::2] for name in names]
+    split = [name.partition(".")[::2] for name in names.split()]
     packets = [(getattr(aten, name, None), overload or "default") for name, overload in split]
     return [getattr(packet, overload) for packet, overload in packets if hasattr(packet, overload)]
 
@@ -460,11 +495,11 @@ RULES: dict[object, Rule] = {
     **dict.fromkeys(_operators(PER_ELEMENT), _same_axis(False)),
     **dict.fromkeys(_operators(POOLS), _first_axis(True)),
     **dict.fromkeys(_operators(REDUCTIONS), _reduce),
-    **dict.fromkeys(_operators(["softmax.int", "_softmax", "cumsum", "log_softmax.int"]), _over_positions),
+    **dict.fromkeys(_operators("softmax.int _softmax cumsum log_softmax.int"), _over_positions),
     aten.pow.Tensor_Scalar: lambda network, node, found: _same_axis(float(node.args[1]) > 0)(network, node, found),  # type: ignore[arg-type]
     aten.constant_pad_nd.default: _pad,
     aten.pad.default: _pad,
-    **dict.fromkeys(_operators(["hardtanh", "clamp"]), _hardtanh),
+    **dict.fromkeys(_operators("hardtanh clamp"), _hardtanh),
     **dict.fromkeys(MOVEMENTS, _movement),
     **dict.fromkeys(COPIES, _copied),
     aten.cat.default: _cat,

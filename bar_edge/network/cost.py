@@ -101,7 +101,8 @@ def _reader_unit(network: Network, found: Passages, node: fx.Node, module: nn.Mo
     applied = torch.Size(network.shapes[source.name][2:]).numel() if isinstance(module, TRANSPOSED) else area
     taps, bias = weight[0, 0].numel(), int(getattr(module, "bias", None) is not None)
     if passage.kind == "read":
-        inputs = module.in_features if isinstance(module, nn.Linear) else getattr(module, "in_channels")
+        inputs = module.in_features if isinstance(module, nn.Linear) else module.in_channels
+        assert isinstance(inputs, int)
         whole = inputs if is_whole(found[source]) else None
         return Unit(node, source, False, area, 2 * taps * applied, taps, bias, 0, passage.groups, whole)
     if passage.kind == "map" and not linear:  # depthwise
@@ -115,12 +116,15 @@ def _parameter_units(network: Network, found: Passages, node: fx.Node, counted: 
     """Return the parameters with one number per channel that an operator reads by itself."""
     result = []
     for parameter in node.all_input_nodes:
-        if not is_constant(parameter) or parameter in counted or found[node].kind != "map" or len(parameter.users) > 1:
+        root = parameter
+        while is_constant(root) and root.op != "get_attr" and len(root.users) == 1:
+            root = root.all_input_nodes[0]
+        if root.op != "get_attr" or root in counted or found[node].kind != "map" or len(root.users) > 1:
             continue
         value = attribute(network, parameter)
         sliced = parameter_axis(network, value, node, found[node].axis)
-        if isinstance(value, nn.Parameter) and sliced is not None:
-            counted.add(parameter)
+        if isinstance(attribute(network, root), nn.Parameter) and sliced is not None:
+            counted.add(root)
             source = next(n for n in node.all_input_nodes if n is not parameter)
             result.append(Unit(node, source, True, 0, 0, 0, value.numel() // found[node].width, 0))
     return result

@@ -70,6 +70,8 @@ class PartialNorm(nn.Module):
     """
 
     _member: Tensor
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(self, axis: int, group_width: int, membership: tuple[int, ...], eps: float, affine: bool) -> None:
         super().__init__()
@@ -85,7 +87,7 @@ class PartialNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised channels that are there."""
         y = self._normalised(x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)) if self.axis == 1 else self._last(x)
-        if self.affine:
+        if self.weight is not None and self.bias is not None:
             shape = [1, -1, *[1] * (x.ndim - 2)] if self.axis == 1 else [-1]
             return y.view_as(x) * self.weight.view(shape) + self.bias.view(shape)
         return y.view_as(x)

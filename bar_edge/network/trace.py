@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import logging
 import operator
+import os
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +52,7 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.Expor
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             free: tuple[Any, ...] = tuple({0: torch.export.Dim.AUTO} for _ in pair)
             kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
@@ -60,7 +64,7 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.Expor
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise InputError(
             "a module that torch.export accepts for any batch size",
-            got=f"{type(error).__name__}: {' | '.join(lines[:4])}",
+            got=f"{_users_line(error)}{type(error).__name__}: {' | '.join(lines[:2])}",
             consequence="the network cannot be read",
             remedy="remove data-dependent control flow from forward, or wrap the part that can be traced",
         ) from error
@@ -79,7 +83,108 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.Expor
                 consequence="it could not be trained or exported with another batch",
                 remedy="replace the literal batch size in view/reshape by x.size(0) or -1",
             )
+    for node in program.graph.nodes:
+        _check_node(node)
+    _check_outputs(program)
     return program
+
+
+def _check_outputs(program: torch.export.ExportedProgram) -> None:
+    """Raise InputError if an output's first axis is something else than the batch, made of it."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    batch = nodes[program.graph_signature.user_inputs[0]].meta["val"].shape[0]
+    for name in program.graph_signature.user_outputs:
+        value = nodes[name].meta.get("val") if name in nodes else None
+        if isinstance(value, Tensor) and any(_is_free(n) for n in value.shape) and str(value.shape[0]) != str(batch):
+            raise InputError(
+                "a network that treats every image of a batch alone",
+                got=f"an output of shape {tuple(value.shape)}, made at {source_line(nodes[name])}",
+                consequence="its answers could not be told apart by image",
+                remedy="keep the batch as the first axis: x.flatten(1)",
+            )
+
+
+def _users_line(error: BaseException) -> str:
+    """Return the last line of the user's own code in an error's traceback."""
+    ours = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
+    return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}: {frames[-1].line}: " if frames else ""
+
+
+def source_line(node: fx.Node) -> str:
+    """Return where the user's code calls an operator, as `file.py:12: x = x.mean()`, "" if unknown."""
+    if "source" in node.meta:
+        return str(node.meta["source"])
+    lines = (node.meta.get("stack_trace") or "").splitlines()
+    places = [i for i, line in enumerate(lines) if line.strip().startswith('File "') and "/torch/nn/" not in line]
+    if not places:
+        return ""
+    file, number, *_ = lines[places[-1]].strip().removeprefix('File "').replace('", line', ",").split(",")
+    code = lines[places[-1] + 1].strip() if places[-1] + 1 < len(lines) else ""
+    return f"{os.path.basename(file)}:{number.strip()}: {code}"
+
+
+def _check_node(node: fx.Node) -> None:
+    """Raise InputError for complex numbers and for operators across the images of a batch."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and value.is_complex():
+        raise InputError(
+            "a network of real numbers",
+            got=f"{node.target} makes {value.dtype} at {source_line(node)}",
+            consequence="the network cannot be pruned or exported",
+            remedy="write the transform with real tensors, or leave it out of the module",
+        )
+    source = node.args[0] if node.args else None
+    before = source.meta.get("val") if isinstance(source, fx.Node) else None
+    batched = isinstance(before, Tensor) and before.ndim > 1 and _is_free(before.shape[0])
+    if node.op == "call_function" and batched and _across_batch(node, before.ndim):  # type: ignore[union-attr]
+        raise InputError(
+            "a network that treats every image of a batch alone",
+            got=f"{node.target} over the batch at {source_line(node)}",
+            consequence="its answer for an image would depend on the others",
+            remedy="reduce over the other axes only: x.mean((1, 2, 3), keepdim=True)",
+        )
+
+
+def _is_free(size: Any) -> bool:
+    return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
+
+
+def _across_batch(node: fx.Node, rank: int) -> bool:
+    """Tell whether an operator mixes the entries of the first axis."""
+    if node.target in _OVER_ALL:
+        return True
+    if node.target not in _ALONG_AXES:
+        return False
+    dims = next((a for name, a in _arguments(node).items() if name in ("dim", "dims")), None)
+    listed = [dims] if isinstance(dims, int) else list(dims or range(rank))
+    return any(int(d) % rank == 0 for d in listed)
+
+
+_OVER_ALL = {
+    aten.mean.default,
+    aten.sum.default,
+    aten.max.default,
+    aten.min.default,
+    aten.std.default,
+    aten.var.default,
+}
+_ALONG_AXES = {
+    aten.mean.dim,
+    aten.sum.dim_IntList,
+    aten.amax.default,
+    aten.amin.default,
+    aten.max.dim,
+    aten.min.dim,
+    aten.softmax.int,
+    aten.log_softmax.int,
+    aten.cumsum.default,
+    aten.std.correction,
+    aten.var.correction,
+    aten.sort.default,
+    aten.flip.default,
+    aten.roll.default,
+}
 
 
 class _Builder:
@@ -110,9 +215,15 @@ class _Builder:
                 called = self._call(node)
                 if called is not None:
                     self.nodes[node] = called
+                    called.meta["source"] = source_line(node)
             else:
                 raise InputError("a forward without control flow on data", got=f"{node.op} {node.target}")
-        body = fx.GraphModule(self.root, self.graph)
+        try:
+            body = fx.GraphModule(self.root, self.graph)
+        except SyntaxError as error:  # fx writes names into Python source
+            raise InputError(
+                "module names that are no words of Python", got=str(error.text).strip(), remedy="rename the module"
+            ) from error
         body.graph.eliminate_dead_code()
         body.recompile()
         body.delete_all_unused_submodules()
@@ -124,7 +235,10 @@ class _Builder:
         piece = _piece(node)
         if piece is not None:
             target, *rest = piece
-            return self.graph.call_function(target, (self._map(node.args[0].args[0]), *rest))  # type: ignore[union-attr]
+            whole = node.args[0].args[0]  # type: ignore[union-attr]
+            if target is aten.select.int:
+                return self._select(self._map(whole), whole.meta["val"].shape, *rest)  # type: ignore[union-attr]
+            return self.graph.call_function(target, (self._map(whole), *rest))
         target, in_place = _out_of_place(node.target)
         result = self._as_module(node, target) or self._as_function(node, target)
         if in_place:
@@ -146,12 +260,28 @@ class _Builder:
         return self.graph.call_module(name, (self._map(node.args[0]),)) if same else None
 
     def _as_function(self, node: fx.Node, target: Any) -> fx.Node:
+        if target is aten.stack.default:
+            dim, shape = int(_arguments(node)["dim"]), node.meta["val"].shape
+            parts = [self.graph.call_function(aten.unsqueeze.default, (self._map(p), dim)) for p in node.args[0]]  # type: ignore[union-attr]
+            return self.graph.call_function(aten.cat.default, (parts, dim % len(shape)))
+        if _is_whole_slice(node):
+            return self._node(node.args[0])  # type: ignore[arg-type]
+        if target is aten.select.int:
+            return self._select(self._map(node.args[0]), node.args[0].meta["val"].shape, node.args[1], node.args[2])  # type: ignore[union-attr]
         if _is_flatten(node):
             return self.graph.call_function(aten.flatten.using_ints, (self._map(node.args[0]), 1))
         if target is aten.expand_as.default and node.args[0].meta["val"].ndim == node.meta["val"].ndim:  # type: ignore[union-attr]
             shape = [-1, *node.meta["val"].shape[1:]]
             return self.graph.call_function(aten.expand.default, (self._map(node.args[0]), shape))
         return self.graph.call_function(target, self._map(node.args), self._map(node.kwargs))
+
+    def _select(self, x: fx.Node, shape: tuple[Any, ...], dim: Any, index: Any) -> fx.Node:
+        """Take one index of an axis: a slice of one, without the axis."""
+        if not isinstance(shape[dim], int):
+            return self.graph.call_function(aten.select.int, (x, dim, index))
+        first = index % shape[dim]
+        piece = self.graph.call_function(aten.slice.Tensor, (x, dim, first, first + 1))
+        return self.graph.call_function(aten.squeeze.dim, (piece, dim))
 
     def _rewrite(self, node: fx.Node, result: fx.Node) -> None:
         """Let every name of the tensor that `node` writes to mean the result from here on.
@@ -341,17 +471,20 @@ def _instance_norm(builder: _Builder, node: fx.Node) -> Made:
     a = _arguments(node)
     kinds = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}
     kind, width = kinds.get(node.meta["val"].ndim), node.meta["val"].shape[1]
-    if kind is None or a["running_mean"] is not None:
+    if kind is None:
         return None
-    return _norm(builder, node, kind(width, a["eps"], affine=a["weight"] is not None))
+    affine, tracked = a["weight"] is not None, a["running_mean"] is not None
+    return _norm(builder, node, kind(width, a["eps"], a["momentum"], affine=affine, track_running_stats=tracked))
 
 
 def _norm(builder: _Builder, node: fx.Node, module: nn.Module) -> Made:
     """Name a norm after its weight, or after the module that called it if it has none."""
     a = _arguments(node)
-    weights = {name: a[name] for name in ("weight", "bias")}
+    weights = {name: a.get(name) for name in ("weight", "bias", "running_mean", "running_var")}
     if not all(v is None or builder.is_weight(v) for v in weights.values()):
         return None
+    if weights["running_mean"] is not None:
+        return builder.owner(weights["running_mean"], "running_mean")[0], _fill(builder, module, weights)
     if weights["weight"] is None:
         if weights["bias"] is not None:
             return None
@@ -419,7 +552,7 @@ def _out_of_place(target: Any) -> tuple[Any, bool]:
     return twin, True
 
 
-_PIECES = {
+_PIECES: set[object] = {
     aten.chunk.default,
     aten.split.Tensor,
     aten.split_with_sizes.default,
@@ -432,10 +565,12 @@ _PIECES = {
 
 def _piece(node: fx.Node) -> tuple[Any, ...] | None:
     """Return operator and arguments of one piece of a chunk, split or unbind: a slice or an index, None if no such."""
-    if node.target is not operator.getitem or node.args[0].target not in _PIECES:  # type: ignore[union-attr]
+    if node.target is not operator.getitem:
         return None
     cut, which = node.args
     assert isinstance(cut, fx.Node) and isinstance(which, int)
+    if cut.target not in _PIECES:
+        return None
     dim = int(_arguments(cut)["dim"])
     if cut.target is aten.unbind.int:
         return aten.select.int, dim, which
@@ -444,6 +579,12 @@ def _piece(node: fx.Node) -> tuple[Any, ...] | None:
     if not all(isinstance(length, int) for length in lengths):
         raise InputError("a forward that splits no batch", got=str(cut.target), remedy="split along another axis")
     return aten.slice.Tensor, dim, sum(lengths[:which]), sum(lengths[: which + 1])
+
+
+def _is_whole_slice(node: fx.Node) -> bool:
+    """Tell whether an operator is the slice of everything that x[:, i] makes of its first axis."""
+    a = _arguments(node) if node.target is aten.slice.Tensor else {}
+    return bool(a) and a["start"] in (None, 0) and a["end"] in (None, 2**63 - 1) and a["step"] == 1
 
 
 def _is_flatten(node: fx.Node) -> bool:

@@ -180,8 +180,8 @@ class _Slicer:
                 got, target.index_select(axis, outputs)
             ):
                 read = self._laid_out(source, inputs)
-                known = {source: read}
-                args = fx.map_arg(args, lambda n: known.get(n) or self._full(n))
+                given = {n: read if n is source else self._full(n) for n in node.all_input_nodes}
+                args = fx.map_arg(args, given.__getitem__)
                 self.made[node] = self.graph.call_function(node.target, args, dict(node.kwargs))  # type: ignore[arg-type]
                 self.order[node] = outputs
                 self._cut_back(node)
@@ -359,17 +359,29 @@ class _Slicer:
         axis = parameter_axis(self.network, value, node, passage.axis)
         if axis is None or torch.equal(ids, torch.arange(passage.width)):
             return self._full(parameter)
-        if len(parameter.users) > 1:
+        root = parameter
+        while root.op != "get_attr" and len(root.users) == 1:
+            root = root.all_input_nodes[0]
+        if root.op != "get_attr" or len(root.users) > 1:
             return self._select(self._full(parameter), axis, ids)
-        attach(self.root, str(parameter.target), _copy(value, value.index_select(axis, ids.to(value.device))))
-        return self.graph.get_attr(str(parameter.target))
+        original = attribute(self.network, root)
+        return self._attach_tensor(root, _copy(original, value.index_select(axis, ids.to(value.device))))
+
+    def _attach_tensor(self, node: fx.Node, value: Tensor) -> fx.Node:
+        """Give the new network a tensor that its graph reads by itself; under a new name if a module owns it too."""
+        name, owner = str(node.target), str(node.target).rpartition(".")[0]
+        called = any(n.op == "call_module" and n.target == owner for n in self.network.nodes)
+        name = name.replace(".", "_") if called else name
+        attach(self.root, name, value)
+        return self.graph.get_attr(name)
 
     def _full(self, node: fx.Node) -> fx.Node:
         """Return the sliced tensor for an input of an operator without a rule, at full width."""
+        if is_constant(node) and node.op != "get_attr":
+            return self.graph.node_copy(node, self._full)
         if is_constant(node):
             if node not in self.made:
-                attach(self.root, str(node.target), _copy(attribute(self.network, node)))
-                self.made[node] = self.graph.get_attr(str(node.target))
+                self.made[node] = self._attach_tensor(node, _copy(attribute(self.network, node)))
             return self.made[node]
         if node not in self.found:
             if node.target is aten.sym_size.int and node.args[1] == 0:
@@ -383,9 +395,7 @@ class _Slicer:
         return self._laid_out(node, torch.arange(passage.width))
 
     def _zeros(self, shape: list[Any]) -> fx.Node:
-        return self.graph.call_function(
-            aten.new_zeros.default, (self._first_input(), [self._batch_size(), *shape[1:]])
-        )
+        return self.graph.call_function(aten.new_zeros.default, (self._first_input(), [self._batch_size(), *shape[1:]]))
 
     def _first_input(self) -> fx.Node:
         first: fx.Node = next(node for node in self.graph.nodes if node.op == "placeholder")
@@ -471,7 +481,7 @@ def _slice_reader(module: nn.Module, outs: Tensor, ins: Tensor, groups: int, den
         if transposed:
             rows.append(weight[own_ins][:, own_outs % per_group])
         else:
-            rows.append(weight[own_outs][:, own_ins % weight.shape[1]] if dense_groups > 1 else weight[own_outs][:, own_ins])
+            rows.append(weight[own_outs][:, own_ins % weight.shape[1] if dense_groups > 1 else own_ins])
     _take(new, "weight", torch.cat(rows))
     _take(new, "bias", bias[outs] if isinstance(bias, Tensor) else None)
     if isinstance(new, nn.Linear):
@@ -524,10 +534,6 @@ def _slice_norm(module: nn.Module, ids: Tensor) -> nn.Module:
     if affine:
         weight, bias = module.weight, module.bias
         assert isinstance(weight, nn.Parameter)
-        new.weight = _copy(weight, weight[ids.to(weight.device)])
-        new.bias = (
-            _copy(bias, bias[ids.to(bias.device)])
-            if isinstance(bias, nn.Parameter)
-            else nn.Parameter(torch.zeros_like(new.weight))
-        )
+        _take(new, "weight", weight[ids.to(weight.device)])
+        _take(new, "bias", bias[ids.to(weight.device)] if isinstance(bias, Tensor) else torch.zeros(len(ids)))
     return new.to(next((p.device for p in module.parameters()), torch.device("cpu")))

@@ -77,6 +77,15 @@ Seed = Annotated[int | None, _option("--seed", metavar="N", text="Seed of everyt
 MaxDrop = Annotated[
     float | None, _option("--max-drop", metavar="POINTS", text="The verdict is no if the metric drops by more.")
 ]
+Keep = Annotated[
+    list[str] | None,
+    _option(
+        "--keep",
+        metavar="PATTERN[=N]",
+        text="Layers that are not pruned (head.*), or that keep at least N channels (stages.0.*=8); repeat.",
+    ),
+]
+RoundTo = Annotated[int | None, _option("--round-to", metavar="N", text="Widths end as multiples of N.")]
 Set = Annotated[
     list[str] | None,
     _option("--set", metavar="NAME=VALUE", text="Any other option, listed below with its default; repeat."),
@@ -84,7 +93,9 @@ Set = Annotated[
 Resume = Annotated[bool, _option("--resume", text="Go on with a run that was stopped.")]
 RunOut = Annotated[Path, _option("--out", metavar="RUN", text="The run's folder.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that prune wrote.")]
-Target = Annotated[str, _option("--target", metavar="NAME", text="Kind of file to write: onnx.")]
+Target = Annotated[
+    str, _option("--target", metavar="NAME", text="Kind of file to write: onnx, or torch (model.py with its weights).")
+]
 Precision = Annotated[str, _option("--precision", metavar="NAME", text="Numbers in the file: fp32.")]
 Lowering = Annotated[
     str, _option("--lowering", metavar="NAME", text="How additions run: auto, paper, slices, zero-filled or regular.")
@@ -110,15 +121,25 @@ def inspect(
     data: Data = None,
     input_shape: Input = None,
     budget: BudgetText = None,
+    keep: Keep = None,
+    round_to: RoundTo = None,
     json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
-    """Show a network's layers, its costs, and what can be pruned in it."""
+    """Show a network's layers, its costs, and what can be pruned in it and what not."""
     shape = options.shape(input_shape)
 
     from bar_edge import pipeline
 
-    return pipeline.inspect_model(model, model_args=tuple(model_arg or ()), data=data, input_shape=shape, budget=budget)
+    return pipeline.inspect_model(
+        model,
+        model_args=tuple(model_arg or ()),
+        data=data,
+        input_shape=shape,
+        budget=budget,
+        keep=tuple(keep or ()),
+        round_to=round_to or 1,
+    )
 
 
 @app.command(epilog=_SETTABLE)
@@ -139,6 +160,8 @@ def prune(
     preset: Preset = None,
     seed: Seed = None,
     max_drop: MaxDrop = None,
+    keep: Keep = None,
+    round_to: RoundTo = None,
     assignments: Set = None,
     resume: Resume = False,
     json: Json = False,
@@ -264,6 +287,8 @@ def deploy(
     preset: Preset = None,
     seed: Seed = None,
     max_drop: MaxDrop = None,
+    keep: Keep = None,
+    round_to: RoundTo = None,
     assignments: Set = None,
     resume: Resume = False,
     target: Target = "onnx",

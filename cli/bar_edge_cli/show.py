@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 _UNITS = {"volume": "activations", "flops": "FLOPs", "params": "parameters"}
@@ -26,16 +27,18 @@ def show(answer: Mapping[str, Any], console: Console | None = None) -> None:
             _show_layers(part, console)
         else:
             _show_part(name, part, console)
+    for warning in answer.get("warnings", ()):
+        console.print(f"[yellow]warning:[/] {escape(warning)}")
     verdict = answer.get("verdict")
     if verdict is not None:
         console.print("[green]verdict: yes[/]" if verdict else "[red]verdict: no[/]")
 
 
 def _show_layers(layers: Sequence[Mapping[str, Any]], console: Console) -> None:
-    table = Table(title="convolutions")
+    table = Table(title="convolutions and linear layers")
     for heading in ("name", "channels", "map", "volume", "FLOPs", "parameters", "prunable"):
         table.add_column(heading, justify="left" if heading in ("name", "prunable") else "right", overflow="fold")
-    convolutions = [layer for layer in layers if layer["area"]]
+    convolutions = [layer for layer in layers if layer["area"] or layer["gated"]]
     for layer in convolutions:
         table.add_row(
             layer["name"],
@@ -102,7 +105,7 @@ def _factor(before: float | None, after: float | None) -> str:
 
 
 def _show_part(name: str, part: object, console: Console) -> None:
-    if name.strip() in ("verdict", "schema") or part is None or part == []:
+    if name.strip() in ("verdict", "schema", "warnings") or part is None or part == []:
         return
     if isinstance(part, Mapping):
         if name:
