@@ -195,10 +195,12 @@ def test_deploy_reads_a_file_and_hands_on_the_rest(pipeline, tmp_path):
     ("command", "name", "args", "kwargs"),
     [
         (
-            "inspect --model m --model-arg k=v --input 1x8x8 --data digits --budget 8x",
+            "inspect --model m --model-arg k=v --input 1x8x8 --data digits --budget 8x --keep h.* --keep s=8"
+            " --round-to 4",
             "inspect_model",
             ("m",),
-            {"model_args": ("k=v",), "data": "digits", "input_shape": (1, 8, 8), "budget": "8x"},
+            {"model_args": ("k=v",), "data": "digits", "input_shape": (1, 8, 8), "budget": "8x"}
+            | {"keep": ("h.*", "s=8"), "round_to": 4},
         ),
         (
             "slice --model m --plan p.json --weights w --out o",
@@ -405,7 +407,7 @@ def test_inspect_lists_convolutions():
     layer = {"name": "conv1", "in_channels": 1, "out_channels": 16, "area": 64, "volume": 1024}
     layer |= {"flops": 18432, "params": 144, "gated": True, "reason": ""}
     frozen = {**layer, "name": "head", "gated": False, "reason": "an output"}
-    bn = {**layer, "name": "bn1", "area": 0}
+    bn = {**layer, "name": "bn1", "area": 0, "gated": False}
     text = shown({"model": "[bold]m", "layers": [layer, frozen, bn]})
     assert "1 to 16" in text and "no: an output" in text and "bn1" not in text and "1 other layers" in text
     assert "[bold]m" in text  # markup in a name stays text
