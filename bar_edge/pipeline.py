@@ -22,6 +22,7 @@ from bar_edge.export.verify import verify_artifact
 from bar_edge.methods import GateLayout
 from bar_edge.models import load_weights
 from bar_edge.network import Network, count, is_network_folder
+from bar_edge.network.cost import count_executed
 from bar_edge.preflight import modes_apart, preflight
 from bar_edge.records import Budget, ChannelPlan, read_json, write_json
 from bar_edge.report import write_report
@@ -160,7 +161,7 @@ def export_run(
         within = parity <= manifest["parity"]["tolerance"]
     result["parity"]["sliced_vs_onnx"] = parity
     write_json(run / "result.json", result)
-    executed = count(lowered)
+    executed = count_executed(lowered)
     return {
         "verdict": within,
         "artifact": str(folder),

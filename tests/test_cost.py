@@ -13,6 +13,7 @@ from bar_edge.methods.cost import GateCost
 from bar_edge.methods.hard_concrete import probability_open
 from bar_edge.models import build
 from bar_edge.network import Network, count, layers, trace
+from bar_edge.network.cost import count_executed
 from bar_edge.records import ChannelPlan, Metric
 from bar_edge.surgery import slice_network
 from tests.reference import hooked_counts, random_kept
@@ -188,3 +189,17 @@ def test_dead_groups_are_not_counted() -> None:
     assert (counts.volume, counts.flops, counts.params) == expected
     assert counts.volume == 64 * (2 + 4 + 4)
     assert counts.flops == 2 * 64 * (9 * 3 * 2 + 9 * 2 * 4 + 4 * 4)
+
+
+def test_zeros_that_fill_groups_are_executed_but_not_counted() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.Conv2d(8, 4, 1))
+    network = trace(module, torch.zeros(1, 3, 8, 8))
+    uneven = ChannelPlan(network=network.fingerprint, kept={"0": (0, 1, 2, 4), "1": (0, 1, 4)})
+    sliced = slice_network(network, uneven)
+    assert count(sliced) == count(network, uneven)
+    executed = count_executed(sliced)
+    assert executed.volume == 64 * (4 + 4 + 4) > count(sliced).volume == 64 * (4 + 3 + 4)
+    assert executed.flops == 2 * 64 * (9 * 3 * 4 + 9 * 3 * 4 + 3 * 4) > count(sliced).flops
+    even = ChannelPlan(network=network.fingerprint, kept={"0": (0, 1, 4, 5), "1": (0, 1, 4, 6)})
+    sliced = slice_network(network, even)
+    assert count_executed(sliced) == count(sliced) == count(network, even)

@@ -151,6 +151,22 @@ def count_kept(network: Network, kept: Mapping[str, Sequence[int]], found: Passa
     return Counts(volume=volume, flops=flops, params=params + sum(again.values()) + loose_params(network, found))
 
 
+def count_executed(network: Network) -> Counts:
+    """Return the costs of everything that runs, also of zeros that fill up groups or widths."""
+    found, volume, flops = passages(network), 0, 0
+    for node in found:
+        module = network.module_of(node)
+        if isinstance(module, READERS):
+            shape, weight = network.shapes[node.name], module.weight
+            assert isinstance(weight, torch.Tensor)
+            map_shape = network.shapes[node.all_input_nodes[0].name] if isinstance(module, TRANSPOSED) else shape
+            positions = torch.Size(map_shape[1:-1] if isinstance(module, nn.Linear) else map_shape[2:]).numel()
+            counted = len(shape) > 2
+            volume += torch.Size(shape[1:]).numel() * counted
+            flops += 2 * positions * weight.numel() * counted
+    return Counts(volume=volume, flops=flops, params=sum(p.numel() for p in network.parameters()))
+
+
 def loose_params(network: Network, found: Passages) -> int:
     """Return the number of parameters that the graph reads by themselves and that are not of single channels."""
     named = dict(network.body.named_parameters())
