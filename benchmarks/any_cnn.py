@@ -1,12 +1,13 @@
 """Networks that bar-edge has never seen: what can be pruned, how exact surgery is, how long it takes.
 
     python benchmarks/any_cnn.py
-    python benchmarks/any_cnn.py --onnx densenet121 unet
+    python benchmarks/any_cnn.py --onnx --beside densenet121 unet
 
 For every network of tests/architectures.py at its published width and input: seconds to trace, to plan (4x FLOPs,
 random order) and to slice; the prunable share; and, float64 with random masks at 25, 50 and 90 % on narrow
 copies, the largest difference between the sliced network and the user's own module under masks. --onnx
-also exports the sliced narrow network and runs it in ONNX Runtime and, where it is installed, OpenVINO.
+also exports the sliced narrow network and runs it in ONNX Runtime and, where it is installed, OpenVINO; --beside
+times Torch-Pruning (pip install torch-pruning) on the same published networks.
 An interrupted run goes on.
 """
 
@@ -67,6 +68,27 @@ def published(name: str) -> dict[str, Any]:
     }
 
 
+def beside(name: str) -> dict[str, Any]:
+    """Return what Torch-Pruning takes to build its graph of the same network and to prune half of every layer."""
+    import torch_pruning
+
+    architecture = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    module, example = architecture.build(1.0).eval(), torch.zeros(1, *architecture.input_shape)
+    start = time.perf_counter()
+    try:
+        torch_pruning.DependencyGraph().build_dependency(module, example_inputs=example)
+        built = time.perf_counter()
+        importance = torch_pruning.importance.RandomImportance()
+        torch_pruning.pruner.MagnitudePruner(module, example, importance=importance, pruning_ratio=0.5).step()
+        done = time.perf_counter()
+        with torch.no_grad():
+            module(example)
+    except Exception as error:  # whatever another tool stumbles over is its answer
+        return {"torch_pruning": {"error": f"{type(error).__name__}: {error}"[:200]}}
+    return {"torch_pruning": {"graph_s": built - start, "prune_s": done - built}}
+
+
 def exact(name: str) -> dict[str, Any]:
     """Return the largest difference of sliced and masked narrow networks, float64."""
     architecture = ARCHITECTURES[name]
@@ -124,22 +146,18 @@ def apart(expected: list[np.ndarray], got: list[np.ndarray]) -> float:
 
 def table(found: dict[str, Any]) -> str:
     """Write the results as a Markdown table."""
-    head = [
-        "network",
-        "parameters",
-        "FLOPs",
-        "prunable FLOPs",
-        "without a rule",
-        "trace, plan, slice (s)",
-        "difference",
-    ]
-    lines = [f"| {' | '.join([*head, 'ONNX'])} |", "| --- |" + " ---: |" * len(head)]
+    head = ["network", "parameters", "FLOPs", "prunable", "no rule", "trace, plan, slice (s)", "difference", "ONNX"]
+    lines = [f"| {' | '.join([*head, 'Torch-Pruning: graph, prune (s)'])} |", "| --- |" + " ---: |" * len(head)]
     for name, row in found["networks"].items():
         seconds = ", ".join(f"{row[k]:.2f}" for k in ("trace_s", "plan_s", "slice_s"))
         files = ", ".join(f"{error:.0e}" for error in row.get("onnx", {}).values()) or "not run"
+        other = row.get("torch_pruning", {})
+        theirs = (
+            f"{other['graph_s']:.2f}, {other['prune_s']:.2f}" if "graph_s" in other else other.get("error", "not run")
+        )
         lines.append(
             f"| {name} | {row['params'] / 1e6:.2f} M | {row['flops'] / 1e9:.2f} G | {row['prunable_flops']:.1%} | "
-            f"{row['without_rule']} | {seconds} | {max(row['difference'].values()):.0e} | {files} |"
+            f"{row['without_rule']} | {seconds} | {max(row['difference'].values()):.0e} | {files} | {theirs} |"
         )
     return "\n".join(lines)
 
@@ -149,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", help=f"default: all of {', '.join(ARCHITECTURES)}")
     parser.add_argument("--onnx", action="store_true")
+    parser.add_argument("--beside", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/any_cnn.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -156,8 +175,10 @@ def main() -> None:
     found["versions"], found["threads"] = versions(), 1
     for name in options.networks or ARCHITECTURES:
         row = found["networks"].setdefault(name, {})
-        for key, stage in (("trace_s", published), ("difference", exact), ("onnx", onnx)):
-            if key not in row and (key != "onnx" or options.onnx):
+        stages = {"trace_s": published, "difference": exact}
+        stages |= ({"onnx": onnx} if options.onnx else {}) | ({"torch_pruning": beside} if options.beside else {})
+        for key, stage in stages.items():
+            if key not in row:
                 row |= stage(name)
                 write_json(options.out, found)
         print(name, json.dumps(row), flush=True)
