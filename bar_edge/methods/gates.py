@@ -20,7 +20,7 @@ from bar_edge.methods import hard_concrete
 from bar_edge.methods.hard_concrete import GateDecision
 from bar_edge.methods.layout import GateLayout, Writers
 from bar_edge.network import Network
-from bar_edge.network.channels import TRANSPOSED
+from bar_edge.network.channels import TRANSPOSED, called_again
 from bar_edge.network.liveness import held_channels
 from bar_edge.network.network import unflatten
 
@@ -63,12 +63,17 @@ class ScaledConv(nn.Module):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Site:
-    """Where a factor enters the graph: the gates [first, first + n) themselves, or a mask of live channels."""
+    """Where a factor enters the graph: the gates [first, first + n) themselves, or what the writers of a tensor give.
+
+    soft: the factor behind a BatchNorm is min(1, sum of the writers' gates), so that the data can speak for
+    a channel whose scale the BatchNorm takes away; elsewhere it is 1 for a live channel.
+    """
 
     node: fx.Node
     first: int
     n: int
     mask: Writers | None
+    soft: bool = False
 
 
 class Gates(nn.Module):
@@ -91,7 +96,11 @@ class Gates(nn.Module):
             return tuple(self._deterministic())
         z = hard_concrete.sample(self.log_alpha, self._noise())
         opened = self.layout.extended((z.detach() > 0).to(z.dtype))
-        return tuple(z[s.first : s.first + s.n] if s.mask is None else s.mask.alive(opened) for s in self.sites)
+        soft = self.layout.extended(z)
+        return tuple(
+            z[s.first : s.first + s.n] if s.mask is None else s.mask.alive(soft if s.soft else opened)
+            for s in self.sites
+        )
 
     def opened(self) -> Tensor:
         """Return which deterministic gates are open, (gates,) bool."""
@@ -108,15 +117,24 @@ class Gates(nn.Module):
         self.passes += 1
         return torch.rand(len(self.log_alpha), generator=generator).to(self.log_alpha.device)
 
+    def factors(self) -> list[Tensor]:
+        """Return the deterministic factor (channels,) of every site; what is dead has 0."""
+        return self._deterministic()
+
     def _deterministic(self) -> list[Tensor]:
         key = (self.log_alpha._version, self.log_alpha.device, self.log_alpha.data_ptr())
         if self._eval is None or self._eval[0] != key:
             held = held_channels(self.layout.network, self.layout.kept(self.opened()), self.layout.found)
             z, device = self.values(), self.log_alpha.device
-            factors = []
+            factors, living = [], z.clone()
+            for name, (first, n) in self.layout.offsets.items():
+                calls = torch.stack([held[call] for call in self.layout.calls(name)])
+                living[first : first + n] *= calls.any(0).to(device, z.dtype)
+            living = self.layout.extended(living)
             for site in self.sites:
                 alive = held[site.node].to(device, z.dtype)
-                factors.append(z[site.first : site.first + site.n] * alive if site.mask is None else alive)
+                own = z[site.first : site.first + site.n] if site.mask is None else alive
+                factors.append(alive * (site.mask.alive(living) if site.mask is not None and site.soft else own))
             self._eval = (key, factors)
         return self._eval[1]
 
@@ -149,7 +167,7 @@ def _sites(layout: GateLayout) -> list[Site]:
     """Choose where every gate acts, and where channels must be masked again."""
     found = layout.found
     by_name = {str(node.target): node for node in found if node.op == "call_module"}
-    sites, taken = [], set[fx.Node]()
+    sites, taken, again = [], set[fx.Node](), called_again(layout.network)
     for name, (first, n) in layout.offsets.items():
         for target in [by_name[norm] for norm in layout.followers(name)] or layout.calls(name):
             sites.append(Site(target, first, n, None))
@@ -162,7 +180,8 @@ def _sites(layout: GateLayout) -> list[Site]:
             sites.append(Site(node, 0, 0, writers))
         masked = passage.kind in ("map", "norm") and not passage.keeps_zero
         if masked and node not in taken and not writers.always.all():
-            sites.append(Site(node, 0, 0, writers))
+            norm = isinstance(layout.network.module_of(node), nn.modules.batchnorm._BatchNorm)
+            sites.append(Site(node, 0, 0, writers, soft=norm and str(node.target) not in again))
     return sites
 
 
@@ -213,11 +232,12 @@ def fold(network: Network, gated: GatedNetwork) -> None:
     """Multiply the deterministic gates into the network's own weights, in place: the function stays the same."""
     z, done = gated.gates.values(), set[str]()
     with torch.no_grad():
-        for site in gated.gates.sites:
-            if site.mask is not None or str(site.node.target) in done:
+        for site, live in zip(gated.gates.sites, gated.gates.factors(), strict=True):
+            if (site.mask is not None and not site.soft) or str(site.node.target) in done:
                 continue
             done.add(str(site.node.target))
-            module, factor = network.module_of(_same_node(network, site.node)), z[site.first : site.first + site.n]
+            module = network.module_of(_same_node(network, site.node))
+            factor = live if site.soft else z[site.first : site.first + site.n]
             assert module is not None
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.affine:
                 module.affine = True
