@@ -251,16 +251,15 @@ class PreActivation(nn.Module):
         return self.fc(F.relu(self.last(x + y)).mean((2, 3)))
 
 
-def test_sampled_gates_of_a_pre_activation_stream_are_masked_again() -> None:
+def test_sampled_gates_of_a_pre_activation_stream_act_behind_the_readers_norm() -> None:
     module = randomise(PreActivation().double()).train()
     network = trace(module, torch.zeros(2, 3, 8, 8).double())
     net = GatedNetwork(GateLayout(network), seed=1).double().train()
     set_gates(net, -3, 1)
     values = factors_of(net)
     z = {name: values[first : first + n].view(1, -1, 1, 1) for name, (first, n) in net.layout.offsets.items()}
-    alive = {name: (v > 0).double() for name, v in z.items()}
-    stream = (alive["stem"] + alive["c"]).clamp(max=1)
-    late = (stream + alive["b"]).clamp(max=1)
+    stream = (z["stem"] + z["c"]).clamp(max=1)
+    late = (z["stem"] + z["c"] + z["b"]).clamp(max=1)
     assert (late == 0).any() and (stream == 0).any()
     images = contrasting(4, 3, 8, 8)
     x = z["c"] * module.c(images) + z["stem"] * module.stem(images)
