@@ -17,8 +17,9 @@ from torch import fx
 from bar_edge.errors import InputError
 from bar_edge.export.widen import filled_placements, regular_form, select, stream_placements, widen
 from bar_edge.network import Expand, MixedAdd, Network
-from bar_edge.network.channels import passages
+from bar_edge.network.channels import operands, passages
 from bar_edge.network.codec import attach
+from bar_edge.network.movement import MOVEMENTS
 from bar_edge.surgery.order import is_identity
 from bar_edge_kernels import gather, scatter_add
 
@@ -59,11 +60,12 @@ class _Lowerer:
                 if self.literal:
                     self._paper(node)
                 else:
-                    self.made[node] = self._slices(module, *(self._live(n) for n in node.all_input_nodes))
+                    self.made[node] = self._slices(module, *(self._live(n) for n in operands(node)))
             elif isinstance(module, Expand):
                 self.made[node] = self._expand(module, self._live(node.all_input_nodes[0]))
             elif source in self.whole and passage is not None and is_identity(passage) and node.op == "call_function":
-                if not passage.keeps_zero or passage.axis != 1:
+                alone = node.all_input_nodes == [source] and node.target not in MOVEMENTS
+                if not passage.keeps_zero or not alone or passage.axis != 1:
                     self.made[node] = self.graph.node_copy(node, self._live)
                 else:  # an activation on the stream, idempotent on what was not written
                     self.whole[node] = self.graph.node_copy(node, lambda n: self.whole[n])
@@ -88,7 +90,7 @@ class _Lowerer:
         return self.graph.get_attr(name)
 
     def _paper(self, node: fx.Node) -> None:
-        a, b = node.all_input_nodes
+        a, b = operands(node)
         if node not in self.places:  # a stream that stays at its own width: scattered here alone
             module = self.network.module_of(node)
             assert isinstance(module, MixedAdd)

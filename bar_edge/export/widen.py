@@ -37,6 +37,9 @@ def stream_placements(network: Network, found: Passages) -> dict[fx.Node, Placem
     joined = {stream[node] for node, passage in found.items() if passage.kind == "add"}
     again = called_again(network)
     joined -= {stream[node] for node in found if str(node.target) in again}
+    # a tensor added to itself has two places for each channel
+    twice = [n for n, p in found.items() if len({link.source for link in p.links}) < len(p.links)]
+    joined -= {stream[node] for node in twice}
     start: dict[fx.Node, int] = {}
     total = 0
     for node, passage in found.items():
@@ -79,7 +82,7 @@ def _can_widen(network: Network, passage: Passage, node: fx.Node) -> bool:
     if module is not None:
         return isinstance(module, nn.modules.batchnorm._BatchNorm | nn.Dropout) or is_depthwise(module)
     moved = node.target in MOVEMENTS or any(is_constant(n) for n in node.all_input_nodes)
-    return passage.kind == "map" and is_identity(passage) and not moved
+    return passage.kind == "map" and is_identity(passage) and passage.keeps_zero and not moved
 
 
 def _plain_reader(passage: Passage, module: nn.Module | None) -> bool:
@@ -99,6 +102,7 @@ def filled_placements(network: Network, found: Passages) -> dict[fx.Node, Placem
     Only where the writer is a convolution, followed by per-channel operators, that nobody else reads.
     """
     places: dict[fx.Node, Placement] = {}
+    again = called_again(network)
     for add, passage in found.items():
         if passage.kind != "add" or not _plain_sum(network, passage, add):
             continue
@@ -106,7 +110,7 @@ def filled_placements(network: Network, found: Passages) -> dict[fx.Node, Placem
         chain = [link.source]
         while len(chain[-1].users) == 1 and is_identity(found[chain[-1]]):
             chain.append(found[chain[-1]].links[0].source)
-        widened = all(_can_widen(network, found[node], node) for node in chain)
+        widened = all(_can_widen(network, found[node], node) and str(node.target) not in again for node in chain)
         if widened and len(chain[-1].users) == 1 and found[chain[-1]].kind == "read":
             places |= {node: Placement(passage.width, tuple(link.outputs.tolist())) for node in chain}
     return places
@@ -125,6 +129,7 @@ def widen(network: Network, places: dict[fx.Node, Placement]) -> Network:
 class _Widener:
     def __init__(self, network: Network, places: dict[fx.Node, Placement]) -> None:
         self.network, self.found, self.places = network, passages(network), places
+        self.again = called_again(network)
         self.root, self.graph = nn.Module(), fx.Graph()
         self.made: dict[fx.Node, fx.Node] = {}
 
@@ -132,7 +137,8 @@ class _Widener:
         for node in self.network.nodes:
             passage, module = self.found.get(node), self.network.module_of(node)
             kind = passage.kind if passage is not None else "opaque"
-            if passage is not None and kind == "read" and _plain_reader(passage, module) and module is not None:
+            plain = passage is not None and _plain_reader(passage, module) and str(node.target) not in self.again
+            if kind == "read" and plain and module is not None:
                 source = node.all_input_nodes[0]
                 attach(
                     self.root, str(node.target), _wide_reader(module, self.places.get(node), self.places.get(source))

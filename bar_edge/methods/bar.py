@@ -18,6 +18,7 @@ from bar_edge.methods.gates import GatedNetwork, fold
 from bar_edge.methods.layout import GateLayout
 from bar_edge.methods.projection import budget_limit, project, protected_gates
 from bar_edge.network import Network, trace
+from bar_edge.network.channels import TRANSPOSED
 from bar_edge.records import Budget, ChannelPlan
 from bar_edge.surgery import slice_network
 
@@ -190,8 +191,11 @@ def _start(layout: GateLayout, network: Network, config: BarConfig, seed: int) -
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine:
             score = norm.weight.detach().abs()
         else:
-            weight = network.body.get_submodule(name).weight
+            module = network.body.get_submodule(name)
+            weight = module.weight
             assert isinstance(weight, Tensor)
+            if isinstance(module, TRANSPOSED):  # (in, out per group, ...)
+                weight = weight.view(module.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
             score = weight.detach().flatten(1).norm(dim=1)
         rank = torch.argsort(torch.argsort(score, stable=True), stable=True)
         parts.append(0.5 + 2.5 * rank.float() / max(1, n - 1))

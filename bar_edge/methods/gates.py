@@ -41,8 +41,8 @@ class ScaledNorm(nn.Module):
         if n.training and n.track_running_stats and n.num_batches_tracked is not None:
             n.num_batches_tracked.add_(1)
             factor = 1.0 / float(n.num_batches_tracked) if n.momentum is None else factor
-        weight = scale if n.weight is None else n.weight * scale
-        bias = None if n.bias is None else n.bias * scale
+        weight = scale.to(x.dtype) if n.weight is None else n.weight * scale.to(n.weight.dtype)
+        bias = None if n.bias is None else n.bias * scale.to(n.bias.dtype)
         return F.batch_norm(x, n.running_mean, n.running_var, weight, bias, n.training, factor, n.eps)
 
 
@@ -56,6 +56,7 @@ class ScaledConv(nn.Module):
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
         """Return scale * conv(x)."""
         c = self.conv
+        scale = scale.to(c.weight.dtype)
         weight = c.weight * scale.view(-1, *[1] * (c.weight.ndim - 1))
         bias = None if c.bias is None else c.bias * scale
         return F.linear(x, weight, bias) if isinstance(c, nn.Linear) else c._conv_forward(x, weight, bias)
@@ -172,14 +173,19 @@ def _sites(layout: GateLayout) -> list[Site]:
         for target in [by_name[norm] for norm in layout.followers(name)] or layout.calls(name):
             sites.append(Site(target, first, n, None))
             taken.add(target)
+    mortal: dict[fx.Node, bool] = {}  # whether final gates can shut it although nobody gates it
     for node, passage in found.items():
         writers = layout.writers[node]
-        source = node.all_input_nodes[0] if passage.kind == "read" else None
-        if source is not None and str(node.target) not in layout.offsets and not layout.writers[source].always.any():
-            # an ungated reader stops with its last input; only final gates can shut a layer for good
-            sites.append(Site(node, 0, 0, writers))
+        mortal[node] = any(mortal[link.source] for link in passage.links)
+        if passage.kind == "read" and str(node.target) not in layout.offsets:
+            source = node.all_input_nodes[0]
+            fed = layout.writers[source].always
+            groups = passage.groups if len(fed) % passage.groups == 0 else 1
+            mortal[node] = mortal[source] or not bool(fed.view(groups, -1).any(1).all())
+            if mortal[node]:
+                sites.append(Site(node, 0, 0, writers))
         masked = passage.kind in ("map", "norm") and not passage.keeps_zero
-        if masked and node not in taken and not writers.always.all():
+        if masked and node not in taken and (mortal[node] or not writers.always.all()):
             norm = isinstance(layout.network.module_of(node), nn.modules.batchnorm._BatchNorm)
             sites.append(Site(node, 0, 0, writers, soft=norm and str(node.target) not in again))
     return sites

@@ -67,6 +67,10 @@ class GateLayout:
         self.writers = self._all_writers()
         self.groups = _groups(network, self.found, self.offsets)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> GateLayout:
+        """Return the layout itself: it describes the graph, copies of a gated network share it."""
+        return self
+
     def plan(self, opened: Tensor) -> ChannelPlan:
         """Return the plan that keeps the open gates; opened: (gates,) bool."""
         return ChannelPlan(network=self.network.fingerprint, kept=self.kept(opened))

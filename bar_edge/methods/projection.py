@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from bar_edge.errors import InputError
 from bar_edge.methods.layout import GateLayout
-from bar_edge.network.channels import is_whole
+from bar_edge.network.channels import Passage, is_whole
 from bar_edge.network.cost import count_kept, units
 from bar_edge.records import Budget, ChannelPlan, Counts, Metric
 
@@ -61,22 +61,25 @@ def protected_gates(layout: GateLayout, metric: Metric) -> list[tuple[Tensor, in
     convolution is fed by its own group, half of a split layer by that half).
     """
     best = _cheapest(layout, metric)
-    pending = [s for node in layout.network.nodes if node.op == "output" for s in node.all_input_nodes if s in best]
-    wanted: dict[fx.Node, Tensor] = {s: torch.arange(layout.found[s].width) for s in pending if s in layout.found}
-    sets: dict[tuple[str, tuple[int, ...]], None] = {}
+    wanted: dict[fx.Node, list[Tensor]] = {}
+    sets: dict[str, list[frozenset[int]]] = {}
     for node in reversed(layout.network.nodes):
-        passage = layout.found.get(node)
-        if passage is None or is_whole(passage):
-            asked = {s: torch.arange(layout.found[s].width) for s in node.all_input_nodes if s in layout.found}
-            wanted |= asked if passage is None and node.op == "output" or node in wanted else {}
-            continue
-        if node not in wanted:
-            continue
-        for source, channels in _path_inputs(layout, node, wanted[node], best).items():
-            wanted[source] = channels
-        if str(node.target) in layout.offsets and passage.kind == "read":
-            sets[str(node.target), tuple(wanted[node].tolist())] = None
-    path = [(torch.tensor(ids) + layout.offsets[name][0], 1) for name, ids in sets]
+        passage, asked = layout.found.get(node), wanted.pop(node, [])
+        if node.op == "output" or (asked and (passage is None or is_whole(passage))):
+            for source in node.all_input_nodes:
+                width = layout.found[source].width if source in layout.found else 0
+                wanted.setdefault(source, []).append(torch.arange(width))
+        elif passage is not None:
+            for channels in asked:
+                own = _of_one_group(passage, channels)
+                if str(node.target) in layout.offsets and passage.kind == "read":
+                    sets.setdefault(str(node.target), []).append(frozenset(own.tolist()))
+                for source, inputs in _path_inputs(layout, node, own, best):
+                    wanted.setdefault(source, []).append(inputs)
+    # what a smaller set protects is enough for a larger one
+    needed = {(name, one) for name, all_ in sets.items() for one in all_ if not any(other < one for other in all_)}
+    order = sorted(needed, key=lambda entry: (layout.offsets[entry[0]][0], sorted(entry[1])))
+    path = [(torch.tensor(sorted(ids)) + layout.offsets[name][0], 1) for name, ids in order]
     least = [
         (torch.arange(layout.offsets[name][1]) + layout.offsets[name][0], min(n, layout.offsets[name][1]))
         for name, n in layout.least.items()
@@ -84,26 +87,31 @@ def protected_gates(layout: GateLayout, metric: Metric) -> list[tuple[Tensor, in
     return path + least
 
 
+def _of_one_group(passage: Passage, channels: Tensor) -> Tensor:
+    """Return the channels of the first group among a grouped reader's: one group is enough."""
+    per_group = passage.width // passage.groups if passage.kind == "read" else passage.width
+    return channels[channels // per_group == channels[0] // per_group]
+
+
 def _path_inputs(
     layout: GateLayout, node: fx.Node, channels: Tensor, best: dict[fx.Node, float]
-) -> dict[fx.Node, Tensor]:
-    """Return which channels of which inputs keep one of a tensor's `channels` alive, the cheapest way."""
-    passage = layout.found[node]
+) -> list[tuple[fx.Node, Tensor]]:
+    """Return which channels of which inputs keep one of a tensor's `channels` alive, the cheapest way.
+
+    Of a product it is the first channel, in all factors.
+    """
+    passage, found = layout.found[node], layout.found
+    whole = [(s, torch.arange(found[s].width)) for s in node.all_input_nodes if s in found and is_whole(found[s])]
     if passage.kind == "read":
         source = node.all_input_nodes[0]
-        every = torch.arange(layout.found[source].width)
-        per_group = passage.width // passage.groups
-        group = int(channels[0]) // per_group
-        channels_of_group = channels[channels // per_group == group]
-        if len(channels_of_group) < len(channels):  # one group is enough
-            channels.resize_(len(channels_of_group)).copy_(channels_of_group)
-        inputs = len(every) // passage.groups if not is_whole(layout.found[source]) else 0
-        return {source: every[group * inputs : (group + 1) * inputs] if inputs else every}
+        inputs = found[source].width // passage.groups
+        group = int(channels[0]) // (passage.width // passage.groups)
+        return whole or [(source, torch.arange(group * inputs, (group + 1) * inputs))]
     links = [link for link in passage.links if torch.isin(link.outputs, channels).any()]
     if passage.kind == "mul":
-        return {link.source: link.inputs[link.outputs == channels[0]] for link in links}
+        return whole + [(link.source, link.inputs[link.outputs == channels[0]]) for link in links]
     link = min(links, key=lambda link: best[link.source])
-    return {link.source: torch.unique(link.inputs[torch.isin(link.outputs, channels)])}
+    return [(link.source, torch.unique(link.inputs[torch.isin(link.outputs, channels)]))]
 
 
 def _cheapest(layout: GateLayout, metric: Metric) -> dict[fx.Node, float]:
@@ -134,11 +142,14 @@ def protected_layers(layout: GateLayout, metric: Metric) -> list[str]:
 
 def smallest_cost(layout: GateLayout, metric: Metric) -> int:
     """Return the cost of the protected channels and nothing else."""
-    opened = torch.zeros(layout.size, dtype=torch.bool)
     scores = torch.zeros(layout.size)
-    bundles = _bundles(layout, scores, opened)
-    opened[torch.isin(bundles, bundles[_best(layout, scores, metric)])] = True
-    return count_kept(layout.network, layout.kept(opened), layout.found).of(metric)
+    bundle = _bundles(layout, scores, torch.zeros(layout.size, dtype=torch.bool))
+    return _cost_of(layout, bundle, bundle[_best(layout, scores, metric)], metric)
+
+
+def _cost_of(layout: GateLayout, bundle: Tensor, opened: Tensor, metric: Metric) -> int:
+    """Return the cost of some open bundles."""
+    return count_kept(layout.network, layout.kept(torch.isin(bundle, opened)), layout.found).of(metric)
 
 
 def _best(layout: GateLayout, scores: Tensor, metric: Metric) -> Tensor:
@@ -175,11 +186,13 @@ def project(
     map goes first. Gates that operators or `round_to` tie together open and close together: a bundle half
     of which is open opens. Costs are those of `count`, after dead layers are removed.
     """
-    opened = opened.cpu().clone()
-    scores = scores.detach().cpu().double()
+    opened, scores = opened.cpu(), scores.detach().cpu().double()
     bundle = _bundles(layout, scores, opened)
-    size = torch.bincount(bundle)
     best = _best(layout, scores, metric)
+    if _cost_of(layout, bundle, bundle[best], metric) > limit:  # the best overlap less than the first of each set do
+        bundle = _bundles(layout, torch.zeros_like(scores), torch.zeros_like(opened))
+        best = _best(layout, torch.zeros_like(scores), metric)
+    size = torch.bincount(bundle)
     fixed = torch.zeros(len(size), dtype=torch.bool)
     fixed[bundle[best]] = True
     alive = fixed | (2 * torch.bincount(bundle, opened.double()) >= size)

@@ -11,13 +11,13 @@ import dataclasses
 import operator
 from collections import Counter
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
 from bar_edge.network.mixed import Expand, MixedAdd, PartialNorm
-from bar_edge.network.movement import COPIES, MOVEMENTS, many_to_one, moved, numbered, one_to_one
+from bar_edge.network.movement import BROADCASTS, COPIES, MOVEMENTS, many_to_one, moved, numbered, one_to_one
 from bar_edge.network.network import Network
 
 aten = torch.ops.aten
@@ -68,7 +68,21 @@ Rule = Callable[[Network, fx.Node, Passages], Passage | None]
 
 
 def passages(network: Network) -> Passages:
-    """Return the passage of every tensor of the graph, in graph order."""
+    """Return the passage of every tensor of the graph, in graph order.
+
+    A module that is called both on tensors that are there as a whole and on others has no rule.
+    """
+    again, refused = called_again(network), set[str]()
+    while True:
+        found = _passages(network, refused)
+        calls = [(str(n.target), is_whole(p)) for n, p in found.items() if n.op == "call_module" and n.target in again]
+        mixed = {name for name, whole in calls if whole and (name, False) in calls} - refused
+        if not mixed:
+            return found
+        refused |= mixed
+
+
+def _passages(network: Network, refused: set[str]) -> Passages:
     found: Passages = {}
     for node in network.nodes:
         shape = network.shapes.get(node.name)
@@ -80,6 +94,7 @@ def passages(network: Network) -> Passages:
         module = network.module_of(node)
         rule = RULES.get(type(module) if module is not None else node.target)
         known = all(source in found or is_constant(source) for source in _tensors(network, node))
+        known = known and not (node.op == "call_module" and str(node.target) in refused)
         found[node] = (rule(network, node, found) if rule and known else None) or Passage("opaque", 1, shape[1])
     return found
 
@@ -89,7 +104,11 @@ def is_constant(node: fx.Node) -> bool:
     if node.op == "get_attr":
         return True
     first = node.args[0] if node.args else None
-    return node.target in MOVEMENTS and node.all_input_nodes == [first] and is_constant(node.all_input_nodes[0])
+    return (
+        node.target in MOVEMENTS - BROADCASTS
+        and node.all_input_nodes == [first]
+        and is_constant(node.all_input_nodes[0])
+    )
 
 
 def is_depthwise(module: nn.Module | None) -> bool:
@@ -103,6 +122,11 @@ def called_again(network: Network) -> set[str]:
     return {name for name, number in calls.items() if number > 1}
 
 
+def operands(node: fx.Node) -> list[fx.Node]:
+    """Return the two tensors that a MixedAdd adds, which may be one."""
+    return [n for n in node.args[:2] if isinstance(n, fx.Node)]
+
+
 def attribute(network: Network, node: fx.Node) -> Tensor:
     """Return the parameter or buffer that a constant node reads, as a view if it is moved."""
     if node.op != "get_attr":
@@ -114,7 +138,7 @@ def attribute(network: Network, node: fx.Node) -> Tensor:
 
 def element_numbers(network: Network, node: fx.Node, numbers: Tensor) -> Tensor:
     """Return what a movement makes of the numbers of its input's elements."""
-    constants = {n.name: attribute(network, n) for n in node.all_input_nodes if is_constant(n)}
+    constants = {n.name: attribute(network, n).cpu() for n in node.all_input_nodes if is_constant(n)}
     return moved(node, numbers, network.sizes, constants)
 
 
@@ -366,7 +390,7 @@ def _mixed_add(network: Network, node: fx.Node, found: Passages) -> Passage | No
     places = [torch.tensor(p, dtype=torch.int64) for p in (module.positions_a, module.positions_b)]
     links = [
         Link(s, torch.arange(len(p)), p)
-        for s, p in zip(node.all_input_nodes, places, strict=True)
+        for s, p in zip(operands(node), places, strict=True)
         if not is_whole(found[s]) or found[s].width == len(p)
     ]
     return Passage("add", 1, module.width, tuple(links)) if len(links) == 2 else None
@@ -382,8 +406,10 @@ def _expand(network: Network, node: fx.Node, found: Passages) -> Passage | None:
 
 
 def _hardtanh(network: Network, node: fx.Node, found: Passages) -> Passage | None:
-    low, high = (*node.args[1:], -1, 1)[:2] if len(node.args) < 3 else node.args[1:3]
-    holds_zero = (low is None or low <= 0) and (high is None or high >= 0)  # type: ignore[operator]
+    bounds: list[Any] = [-1, 1] if node.target is aten.hardtanh.default else [None, None]
+    bounds[: len(node.args) - 1] = node.args[1:]
+    low, high = bounds
+    holds_zero = (low is None or low <= 0) and (high is None or high >= 0)
     return _same_axis(bool(holds_zero))(network, node, found)
 
 

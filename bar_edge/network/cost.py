@@ -203,7 +203,7 @@ def _pairs(unit: Unit, held: Held) -> int:
 def prunable(network: Network, found: Passages | None = None) -> dict[str, str]:
     """Return every convolution and linear layer with the reason why its outputs cannot be pruned, "" if they can."""
     found = passages(network) if found is None else found
-    fixed, reasons = _reaching_output(network, found), dict[str, str]()
+    fixed, reasons, shared = _reaching_output(network, found), dict[str, str](), _read_elsewhere(network)
     for node, passage in found.items():
         if not isinstance(network.module_of(node), READERS):
             continue
@@ -213,12 +213,25 @@ def prunable(network: Network, found: Passages | None = None) -> dict[str, str]:
             reason = f"{'mixes positions' if mixes else 'depthwise'}: follows its input"
         elif passage.kind != "read":
             reason = "its input has no channels along the axis that it reads"
+        elif name in shared:
+            reason = "its weights are also read elsewhere"
         elif node in fixed:
             reason = "its channels are the network's output"
         else:
             reason = "scales channels: follows them" if scaled_by(network, found, node) is not None else ""
         reasons[name] = reasons.get(name) or reason
     return reasons
+
+
+def _read_elsewhere(network: Network) -> set[str]:
+    """Return the modules one of whose parameters the graph reads by itself, or another module has too."""
+    readers: dict[int, set[str]] = {}
+    for node in network.nodes:
+        if node.op == "get_attr":
+            readers.setdefault(id(attribute(network, node)), set()).add(node.name)
+        for parameter in _module_parameters(network, node):
+            readers.setdefault(id(parameter), set()).add(str(node.target))
+    return {name for names in readers.values() if len(names) > 1 for name in names}
 
 
 def _reaching_output(network: Network, found: Passages) -> set[fx.Node]:

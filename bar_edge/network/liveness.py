@@ -81,6 +81,9 @@ def _needed(network: Network, found: Passages, live: Held) -> Held:
             else:
                 reads = alive.view(passage.groups, -1).any(1)
                 needed[source] |= reads.repeat_interleave(found[source].width // passage.groups)
+        for source in node.all_input_nodes:  # a factor that is there as a whole
+            if source in needed and is_whole(found[source]):
+                needed[source][:] = True
         for link in passage.links:
             wanted = alive[link.outputs] if passage.kind != "norm" else torch.ones_like(link.outputs, dtype=torch.bool)
             needed[link.source] |= torch.zeros_like(needed[link.source]).index_put(

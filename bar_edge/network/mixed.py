@@ -26,6 +26,8 @@ class MixedAdd(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the sum; neither operand is changed."""
+        if a.dtype != b.dtype:  # as a + b would, under autocast
+            a, b = a.to(torch.promote_types(a.dtype, b.dtype)), b.to(torch.promote_types(a.dtype, b.dtype))
         everything = tuple(range(self.width))
         if self.positions_a == everything:
             return a + b if self.positions_b == everything else a.index_add(1, self._index_b, b)

@@ -38,6 +38,8 @@ MOVEMENTS = {
     aten.channel_shuffle.default,
 }
 
+#: movements that repeat elements
+BROADCASTS = {aten.expand.default, aten.repeat.default, aten.tile.default}
 #: movements of nothing
 COPIES = {aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default}
 #: movements whose second argument is the shape of their result
@@ -85,7 +87,7 @@ def one_to_one(numbers: Tensor, shape: tuple[int, ...], axis: int, new_axis: int
 def many_to_one(numbers: Tensor, shape: tuple[int, ...], axis: int, new_axis: int) -> tuple[Tensor, Tensor] | None:
     """Return the pairs (old channel, new channel), None if two new channels share an old one."""
     old = labels(numbers.movedim(new_axis, 0).flatten(1), shape, axis)
-    width = len(old)
-    pairs = torch.unique(old * width + torch.arange(width).unsqueeze(1))
-    inputs, outputs = pairs // width, pairs % width
-    return None if len(torch.unique(inputs)) < len(inputs) else (inputs, outputs)
+    table = torch.zeros(shape[axis], len(old), dtype=torch.bool)
+    table[old, torch.arange(len(old)).unsqueeze(1).expand_as(old)] = True
+    inputs, outputs = table.nonzero(as_tuple=True)
+    return None if bool((table.sum(1) > 1).any()) else (inputs, outputs)

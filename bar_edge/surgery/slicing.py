@@ -79,7 +79,8 @@ class _Slicer:
                 self._cat(node)
             else:
                 self._map(node)
-        body = fx.GraphModule(self.root, self.graph)
+        device = next((t.device for t in self.network.body.state_dict().values()), torch.device("cpu"))
+        body = fx.GraphModule(self.root.to(device), self.graph)
         body.graph.eliminate_dead_code()
         body.recompile()
         body.delete_all_unused_submodules()
@@ -107,8 +108,8 @@ class _Slicer:
         assert module is not None
         calls = self._calls(node)
         outs = torch.stack([self.held[call] for call in calls]).any(0).nonzero().flatten()
-        if node in self.ranks:
-            outs = outs[torch.argsort(self.ranks[node][outs])]
+        if calls[0] in self.ranks:  # one order for all calls of the module
+            outs = outs[torch.argsort(self.ranks[calls[0]][outs])]
         ins = self._inputs(module, source, calls)
         groups = 1
         if passage.groups > 1:
@@ -320,13 +321,14 @@ class _Slicer:
         order, axis = self.order[node], self.found[node].axis
         if torch.equal(order, ids):
             return self.made[node]
-        place = {int(channel): i for i, channel in enumerate(order)}
+        place = {channel: i for i, channel in enumerate(order.tolist())}
         there = [i for i, channel in enumerate(ids.tolist()) if channel in place]
         if not there:
             shape = list(self.network.shapes[node.name])
             shape[axis] = len(ids)
             return self._zeros(shape)
-        picked = torch.tensor([place[int(ids[i])] for i in there])
+        wanted = ids.tolist()
+        picked = torch.tensor([place[wanted[i]] for i in there])
         taken = self._select(self.made[node], axis, picked, len(order))
         if len(there) == len(ids):
             return taken
@@ -407,7 +409,7 @@ class _Slicer:
 
 def _applied(node: fx.Node, numbers: Tensor, args: tuple[Any, ...], network: Network) -> Tensor:
     """Return what a movement with other arguments makes of numbers, for a batch of 2."""
-    constants = {n: attribute(network, n) for n in node.all_input_nodes if is_constant(n)}
+    constants = {n: attribute(network, n).cpu() for n in node.all_input_nodes if is_constant(n)}
 
     def value(n: fx.Node) -> Any:
         return numbers if n is node.args[0] else constants[n] if n in constants else network.sizes[n.name]

@@ -1,0 +1,217 @@
+"""Networks that once came out wrong: found by reading, kept so that they stay right."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bar_edge.export.lowering import LOWERINGS, lower
+from bar_edge.methods import BAR, GateLayout, smallest_cost
+from bar_edge.methods.gates import GatedNetwork
+from bar_edge.methods.projection import project, protected_gates
+from bar_edge.network import MixedAdd, Network, count, prunable, trace
+from bar_edge.network.liveness import held_channels
+from bar_edge.records import ChannelPlan
+from bar_edge.surgery import masked_outputs, relative_difference, slice_network
+from tests.meaning import masked_answer
+from tests.reference import contrasting, randomise
+
+
+class Net(nn.Module):
+    """A function of the module and its input."""
+
+    def __init__(self, body: Callable[[Any, Tensor], Tensor], **parts: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+def conv(inputs: int, outputs: int, k: int = 3, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, k, padding=k // 2, **options)
+
+
+def traced(module: nn.Module) -> tuple[nn.Module, Network, Tensor]:
+    torch.manual_seed(0)
+    module, images = randomise(module.double().eval(), seed=1), contrasting(3, 3, 8, 8)
+    return module, trace(module, images), images
+
+
+def check(module: nn.Module, kept: dict[str, tuple[int, ...]]) -> Network:
+    """Slice, and compare with the user's own module under masks and with every lowering."""
+    module, network, images = traced(module)
+    plan = ChannelPlan(network=network.fingerprint, kept=kept)
+    sliced, expected = slice_network(network, plan), masked_answer(module, kept, images)
+    assert relative_difference(expected, sliced(images)) < 1e-9
+    for form in LOWERINGS:
+        assert relative_difference(expected, lower(sliced, form)(images)) < 1e-9, form
+    return sliced
+
+
+def test_a_factor_without_channels_is_needed() -> None:
+    body = lambda s, x: s.h(s.a(x) * torch.softmax(s.k(x), 1))  # noqa: E731
+    for kept in ({}, {"a": (1, 3)}):
+        check(Net(body, a=conv(3, 6), k=conv(3, 6), h=conv(6, 2)), kept)
+
+
+def test_one_module_in_two_streams_has_one_order() -> None:
+    body = lambda s, x: torch.cat([s.h(s.s(x)), s.h2(s.o(x) + s.s(2 * x))], 1)  # noqa: E731
+    module = Net(body, s=conv(3, 8), o=conv(3, 8), h=conv(8, 2), h2=conv(8, 2))
+    check(module, {"o": (5, 6), "s": (1, 5)})
+
+
+def test_a_branch_that_ends_with_a_sigmoid_is_not_filled_with_zeros() -> None:
+    def body(s: Any, x: Tensor) -> Tensor:
+        y = F.relu(s.c(x))
+        return s.h(y + torch.sigmoid(s.e(y)))
+
+    check(Net(body, c=conv(3, 8), e=conv(8, 8), h=conv(8, 2)), {"c": (0, 1, 2, 5), "e": (2, 3)})
+
+
+def test_a_stream_times_a_parameter() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c, self.e, self.h = conv(3, 8), conv(8, 8), conv(8, 2)
+            self.g = nn.Parameter(torch.rand(8, 1, 1) + 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.c(x))
+            return self.h((y + self.e(y)) * self.g)
+
+    check(Scaled(), {"c": (0, 1, 5), "e": (2, 3, 5)})
+
+
+def test_a_tensor_added_to_itself_in_another_order() -> None:
+    def body(s: Any, x: Tensor) -> Tensor:
+        p, q = s.p(x), s.q(x)
+        return s.h(torch.cat([p, q], 1) + torch.cat([q, p], 1))
+
+    sliced = check(Net(body, p=conv(3, 4), q=conv(3, 4), h=conv(8, 2)), {"q": ()})
+    assert count(sliced).volume == 64 * (4 + 2)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda s, x: s.h(F.relu(s.a(x)).mean((2, 3), keepdim=True)).flatten(1).squeeze(1),
+        lambda s, x: s.h(F.adaptive_max_pool2d(F.relu(s.a(x)), 1)).flatten(1),
+        lambda s, x: s.h((lambda a, b: a * torch.sigmoid(b))(*s.a(x).chunk(2, 1))),
+        lambda s, x: s.h((lambda a: a * torch.sigmoid(s.g(a)))(s.a(x))),
+    ],
+    ids=["one number per image", "behind a pair of tensors", "gated linear unit", "gate of itself"],
+)
+def test_the_smallest_network_is_alive(body: Callable[[Any, Tensor], Tensor], request: pytest.FixtureRequest) -> None:
+    half = 4 if "linear" in request.node.callspec.id else 8
+    parts = {"a": conv(3, 8), "h": conv(half, 1)} | ({"g": conv(8, 8)} if "itself" in request.node.callspec.id else {})
+    _, network, _ = traced(Net(body, **parts))
+    layout = GateLayout(network)
+    least = smallest_cost(layout, "flops")
+    assert 0 < least < count(network).flops
+    for seed in range(5):
+        scores = torch.rand(layout.size, generator=torch.Generator().manual_seed(seed))
+        plan, _ = project(layout, scores, torch.ones(layout.size, dtype=torch.bool), "flops", least)
+        held = held_channels(network, plan.kept)
+        ends = [node for output in network.nodes if output.op == "output" for node in output.all_input_nodes]
+        assert all(held[end].any() for end in ends if end in held)
+        assert 0 < count(network, plan).flops <= least
+
+
+def test_a_budget_that_was_promised_is_met_at_any_scores() -> None:
+    body = lambda s, x: torch.cat([s.h(s.a(x)), s.g(s.b(s.a(x))), s.k(s.a(x) + s.b(s.a(x)))], 1)  # noqa: E731
+    _, network, _ = traced(Net(body, a=conv(3, 8), b=conv(8, 8), h=conv(8, 2), g=conv(8, 2), k=conv(8, 2)))
+    for keep in ((), ("a=4",)):
+        layout = GateLayout(network, keep=keep)
+        for metric in ("volume", "flops", "params"):
+            least = smallest_cost(layout, metric)
+            for seed in range(5):
+                scores = torch.rand(layout.size, generator=torch.Generator().manual_seed(seed))
+                plan, _ = project(layout, scores, torch.ones(layout.size, dtype=torch.bool), metric, least)
+                assert count(network, plan).of(metric) <= least
+
+
+def test_a_transposed_convolution_without_norm_is_pruned() -> None:
+    body = lambda s, x: s.h(F.relu(s.t(s.a(x))))  # noqa: E731
+    module = Net(body, a=conv(3, 16), t=nn.ConvTranspose2d(16, 8, 2, 2), h=conv(8, 2))
+    pruner = BAR(module, torch.zeros(2, 3, 8, 8), budget="2x", steps=2)
+    images = torch.rand(2, 3, 8, 8)
+    outputs = pruner.network(images)
+    pruner.loss(outputs.square().mean(), images, outputs).backward()
+    pruner.step()
+    assert count(pruner.slice()).volume <= count(pruner.dense).volume / 2
+
+
+@pytest.mark.parametrize("case", ["kept reader", "squeeze-excite", "grouped"])
+def test_what_dies_behind_an_ungated_reader(case: str) -> None:
+    def squeeze(s: Any, y: Tensor) -> Tensor:
+        return y + y * torch.sigmoid(s.f2(F.relu(s.f1(F.adaptive_avg_pool2d(y, 1)))))
+
+    bodies: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, nn.Module], str]] = {
+        "kept reader": (
+            lambda s, x: s.h(s.y(x) + s.bn(s.b(s.a(x)))),
+            {"y": conv(3, 4), "a": conv(3, 4), "b": conv(4, 4), "bn": nn.BatchNorm2d(4), "h": conv(4, 2)},
+            "a",
+        ),
+        "squeeze-excite": (
+            lambda s, x: s.h(squeeze(s, s.y(x))),
+            {"y": conv(3, 4), "f1": conv(4, 2, 1), "f2": conv(2, 4, 1), "h": conv(4, 2)},
+            "f1",
+        ),
+        "grouped": (
+            lambda s, x: s.h(s.g(torch.cat([x, s.c(x)], 1))),
+            {"c": conv(3, 3), "g": conv(6, 4, groups=2), "h": conv(4, 2)},
+            "c",
+        ),
+    }
+    body, parts, dead = bodies[case]
+    _, network, images = traced(Net(body, **parts))
+    layout = GateLayout(network, keep=("b",) if case == "kept reader" else ("g",) if case == "grouped" else ())
+    gated = GatedNetwork(layout).double()
+    first, n = layout.offsets[dead]
+    with torch.no_grad():
+        gated.gates.log_alpha.fill_(4.0)
+        gated.gates.log_alpha[first : first + n] = -4.0
+        plan = layout.plan(gated.gates.opened())
+        assert relative_difference(masked_outputs(network, plan, images), gated.eval()(images)) < 1e-9
+
+
+def test_weights_that_are_read_elsewhere_are_not_scaled() -> None:
+    body = lambda s, x: s.h(s.a(x).relu() + F.conv2d(x, s.a.weight, padding=1).relu())  # noqa: E731
+    _, network, _ = traced(Net(body, a=conv(3, 4), h=conv(4, 2)))
+    assert "elsewhere" in prunable(network)["a"]
+
+
+def test_a_parameter_that_is_spread_over_space_is_one_number_per_channel() -> None:
+    class Spread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.h, self.g = conv(3, 8), conv(8, 2), nn.Parameter(torch.rand(1, 8, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.h(y * self.g.expand_as(y))
+
+    module, network, _ = traced(Spread())
+    assert count(network).params == sum(p.numel() for p in module.parameters())
+    check(module, {"a": (1, 4, 6)})
+
+
+def test_mixed_dtypes_add_as_torch_adds_them() -> None:
+    a, b = torch.rand(1, 2, 2, 2).bfloat16(), torch.rand(1, 2, 2, 2)
+    assert MixedAdd(3, (0, 1), (1, 2))(a, b).dtype == torch.float32
+
+
+def test_a_copy_of_a_gated_network_is_gated() -> None:
+    _, network, images = traced(Net(lambda s, x: s.h(F.relu(s.a(x))), a=conv(3, 8), h=conv(8, 2)))
+    gated = GatedNetwork(GateLayout(network)).double().eval()
+    twin = copy.deepcopy(gated)
+    assert twin.layout is twin.gates.layout
+    assert torch.equal(gated(images), twin(images))
+    assert protected_gates(twin.layout, "volume")
