@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from bar_edge.data.source import generator
+from bar_edge.data.source import UNLABELLED, Targets, generator
 from bar_edge.errors import InputError
 
 KNOWN = ("crop", "flip")
@@ -53,8 +53,32 @@ class Draws:
         )
 
 
-def crop_and_flip(images: Tensor, rows: Tensor, columns: Tensor, flip: Tensor, names: tuple[str, ...]) -> Tensor:
-    """Crop each zero-padded image at its own corner, then mirror it where flip is 1.
+def move(
+    images: Tensor, targets: Targets, rows: Tensor, columns: Tensor, flip: Tensor, names: tuple[str, ...]
+) -> tuple[Tensor, Targets]:
+    """Crop and flip images, and masks with them; `crop_and_flip` says how.
+
+    targets: (N,) or (N, K) stay as they are; integers (N, H, W) move, and what the crop leaves free is
+    UNLABELLED. Raises InputError for other targets, which hold places that nothing here can move.
+    """
+    moved = crop_and_flip(images, rows, columns, flip, names)
+    if not names or (isinstance(targets, Tensor) and targets.ndim <= 2):
+        return moved, targets
+    masks = isinstance(targets, Tensor) and targets.shape[1:] == images.shape[2:] and not targets.is_floating_point()
+    if not masks:
+        raise InputError(
+            f"targets that can follow {' and '.join(names)}: labels, or masks of the images' size",
+            got="targets of another form",
+            consequence="images would move away from what they are trained for",
+            remedy="use augment = none, or return a data set that holds the moved images too",
+        )
+    return moved, crop_and_flip(targets[:, None], rows, columns, flip, names, fill=UNLABELLED)[:, 0]
+
+
+def crop_and_flip(
+    images: Tensor, rows: Tensor, columns: Tensor, flip: Tensor, names: tuple[str, ...], *, fill: int = 0
+) -> Tensor:
+    """Crop each image, padded with `fill`, at its own corner, then mirror it where flip is 1.
 
     images: (N, C, H, W) of any type; rows, columns, flip: (N,) on the same device; names: which of
     crop, flip to do. Returns a tensor of the same shape whose memory is channels last.
@@ -63,7 +87,7 @@ def crop_and_flip(images: Tensor, rows: Tensor, columns: Tensor, flip: Tensor, n
         return images
     n, channels, height, width = images.shape
     pad = padding(height) if "crop" in names else 0
-    padded = images.new_zeros(n, height + 2 * pad, width + 2 * pad, channels)
+    padded = images.new_full((n, height + 2 * pad, width + 2 * pad, channels), fill)
     padded[:, pad : pad + height, pad : pad + width] = images.permute(0, 2, 3, 1)
 
     row = torch.arange(height, device=images.device).expand(n, height)

@@ -10,7 +10,16 @@ from torch import Tensor
 from bar_edge.data.images import Geometry, Images, UnlikeOthersError, decode_all, survey
 from bar_edge.data.memory import MemorySplit, Pixels
 from bar_edge.data.readers import Raw, read_digits, read_folder, read_hub, read_user
-from bar_edge.data.source import DataSource, Split, channel_statistics, stratified
+from bar_edge.data.source import (
+    UNLABELLED,
+    DataSource,
+    Split,
+    Targets,
+    are_labels,
+    channel_statistics,
+    count_images,
+    stratified,
+)
 from bar_edge.data.stream import StreamSplit
 from bar_edge.errors import InputError
 
@@ -21,8 +30,6 @@ DEFAULT_SIZE = 224
 HELD_OUT_SHARE = 0.1
 #: training images that give mean and deviation of a streamed data set
 _STATISTICS_SAMPLE = 512
-#: value of a mask's pixels that belong to no class
-_IGNORED = 255
 
 
 def load_data(
@@ -44,15 +51,16 @@ def load_data(
     raw, name = _read(spec)
     _check(raw, name)
     train, test, geometry = _decode(raw, size, memory_limit_bytes)
+    _check_targets_fit(raw.train_targets, geometry)
     sample = train if isinstance(train, Tensor) else _sample(train, geometry)
     mean, std = channel_statistics(sample)
     # digits and the like turn into something else when mirrored
     mirrored = raw.photographs and geometry.channels == 3
     automatic: tuple[str, ...] = ("crop", "flip") if mirrored else ("crop",)
-    # a mask would have to move with its image
-    automatic = automatic if raw.train_targets.ndim == 1 else ()
+    # what else targets mean nobody knows here: masks move with their images, but only on request
+    automatic = automatic if are_labels(raw.train_targets) else ()
 
-    def split(images: Tensor | Images, targets: Tensor, parts: list[Tensor]) -> list[Split]:
+    def split(images: Tensor | Images, targets: Targets, parts: list[Tensor]) -> list[Split]:
         if isinstance(images, Tensor):
             pixels = Pixels(images, targets)
             return [MemorySplit(pixels=pixels, indices=i, mean=mean, std=std, automatic=automatic) for i in parts]
@@ -66,7 +74,7 @@ def load_data(
 
     rest, held_out = stratified(raw.train_targets, HELD_OUT_SHARE, seed)
     fit_split, held_out_split = split(train, raw.train_targets, [rest, held_out])
-    (test_split,) = split(test, raw.test_targets, [torch.arange(len(raw.test_targets))])
+    (test_split,) = split(test, raw.test_targets, [torch.arange(count_images(raw.test_targets))])
     return DataSource(
         name=name,
         input_shape=(geometry.channels, geometry.height, geometry.width),
@@ -99,22 +107,22 @@ def _read(spec: str) -> tuple[Raw, str]:
 
 
 def _classes(raw: Raw) -> tuple[str, ...]:
-    if raw.classes or raw.train_targets.is_floating_point():
-        return raw.classes
     targets = raw.train_targets
+    if raw.classes or not isinstance(targets, Tensor) or targets.is_floating_point():
+        return raw.classes
     if targets.ndim > 1:
-        targets = targets[targets != _IGNORED]
+        targets = targets[targets != UNLABELLED]
     return tuple(str(number) for number in range(int(targets.max()) + 1))
 
 
 def _check(raw: Raw, name: str) -> None:
     splits = {"training": raw.train_targets, "test": raw.test_targets}
     for split, targets in splits.items():
-        if not len(targets):
+        if not count_images(targets):
             raise InputError(f"images in the {split} split", got=f"{name} with none", remedy="add images")
     classes = len(_classes(raw))
     for split, targets in splits.items():
-        if targets.ndim > 1 or targets.is_floating_point():
+        if not are_labels(targets) or targets.is_floating_point():
             continue
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= classes:
@@ -123,6 +131,17 @@ def _check(raw: Raw, name: str) -> None:
                 got=f"labels from {low} to {high} in the {split} split of {name}",
                 remedy="remove images without a label, or use a split that has them",
             )
+
+
+def _check_targets_fit(targets: Targets, geometry: Geometry) -> None:
+    plain = isinstance(targets, Tensor) and targets.ndim <= 2
+    if geometry.resize and not plain:
+        raise InputError(
+            "images of one size that is left as it is, where targets are masks or structures",
+            got=f"images to be resized to {geometry.height}x{geometry.width}",
+            consequence="the targets would no longer fit them",
+            remedy="leave image_size out, and return images and targets of one size",
+        )
 
 
 def _decode(raw: Raw, size: int | None, limit_bytes: int) -> tuple[Tensor | Images, Tensor | Images, Geometry]:

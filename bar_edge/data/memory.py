@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 from bar_edge.data import augment as augmentation
-from bar_edge.data.source import count_batches
+from bar_edge.data.source import Targets, count_batches, each, take
 
 
 class Pixels:
     """One tensor of images with its targets, copied at most once to each device that asks.
 
-    images: uint8 (N, C, H, W); targets: (N, ...). Splits share it and hold indices.
+    images: uint8 (N, C, H, W); targets: of (N, ...) tensors. Splits share it and hold indices.
     """
 
-    def __init__(self, images: Tensor, targets: Tensor) -> None:
+    def __init__(self, images: Tensor, targets: Targets) -> None:
         self.images, self.targets = images, targets
-        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {images.device: (images, targets)}
+        self._copies: dict[torch.device, tuple[Tensor, Targets]] = {images.device: (images, targets)}
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def on(self, device: torch.device) -> tuple[Tensor, Targets]:
         """Return (images, targets) on a device."""
         if device not in self._copies:
-            self._copies[device] = (self.images.to(device), self.targets.to(device))
+            self._copies[device] = (self.images.to(device), each(lambda t: t.to(device), self.targets))
         return self._copies[device]
 
 
@@ -51,7 +51,7 @@ class MemorySplit:
 
     def batches(
         self, batch: int, *, train: bool, seed: int, epoch: int, device: torch.device | str, augment: str = "auto"
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor, Targets]]:
         """Yield (images, targets) on `device`; see `Split.batches`."""
         device = torch.device(device)
         images, targets = self.pixels.on(device)
@@ -62,6 +62,6 @@ class MemorySplit:
         rows, columns, flip = (t.to(device) for t in (draws.rows, draws.columns, draws.flip))
         for number in range(self.n_batches(batch, drop_last=train)):
             part = slice(number * batch, (number + 1) * batch)
-            chosen = images[indices[part]]
-            chosen = augmentation.crop_and_flip(chosen, rows[part], columns[part], flip[part], names)
-            yield augmentation.normalise(chosen, self.mean, self.std), targets[indices[part]]
+            chosen = images[indices[part]], take(targets, indices[part])
+            moved, aims = augmentation.move(*chosen, rows[part], columns[part], flip[part], names)
+            yield augmentation.normalise(moved, self.mean, self.std), aims

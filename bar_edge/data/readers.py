@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from bar_edge.data.cifar_python import read_cifar
 from bar_edge.data.images import EncodedImages, FileImages, Images, UserImages
-from bar_edge.data.source import stratified
+from bar_edge.data.source import Targets, stratified
 from bar_edge.errors import EnvironmentLacks, InputError
 from bar_edge.user_code import call
 
@@ -31,9 +32,9 @@ class Raw:
 
     #: pixels uint8 (N, C, H, W), or images still to decode
     train: Tensor | Images
-    train_targets: Tensor
+    train_targets: Targets
     test: Tensor | Images
-    test_targets: Tensor
+    test_targets: Targets
     #: empty where the source names none
     classes: tuple[str, ...] = ()
     #: whether mirroring an image keeps its meaning
@@ -228,7 +229,9 @@ def read_user(spec: str) -> Raw:
     """Read what the user's `package.module:factory` returns: (train, test), map-style, of (image, target).
 
     Images are read once or in every pass, whichever fits in memory, so they must not be random:
-    augmentation is bar-edge's. Targets are integers, or tensors of one shape (masks).
+    augmentation is bar-edge's. Targets are numbers, tensors of one shape (masks), or tuples, lists and
+    dictionaries of both, the same for every image: boxes are drawn onto a grid, or padded to one number.
+    The training set's `targets` (all of them) and `classes` (names) are used where it has them.
     """
     returned = call(spec, {}, {})
     if not isinstance(returned, (tuple, list)) or len(returned) != 2 or not all(
@@ -246,17 +249,28 @@ def read_user(spec: str) -> Raw:
     )
 
 
-def _user_targets(dataset: Any, spec: str) -> Tensor:
+def _user_targets(dataset: Any, spec: str) -> Targets:
     try:
         # torchvision's convention saves reading every image for its target
         values = getattr(dataset, "targets", None)
         values = [dataset[index][1] for index in range(len(dataset))] if values is None else values
-        items = [torch.as_tensor(value) for value in values]
-        targets = torch.stack(items) if items else torch.empty(0, dtype=torch.int64)
+        items = [_tensors(value) for value in values]
+        return pytree.tree_map(_stacked, *items) if items else torch.empty(0, dtype=torch.int64)
     except Exception as error:
         raise InputError(
-            f"{spec}: items are (image, target), and all targets have one shape",
+            f"{spec}: items are (image, target), and all targets have one shape and structure",
             got=f"{type(error).__name__}: {error}",
             remedy="correct the data set; --debug shows the traceback",
         ) from error
-    return targets if targets.is_floating_point() else targets.long()
+
+
+def _tensors(target: Any) -> Targets:
+    """Return one image's target as a tensor if it is a number or lists of numbers, else a structure of tensors."""
+    leaves = pytree.tree_leaves(target)
+    structured = isinstance(target, dict) or any(isinstance(leaf, (Tensor, np.ndarray)) for leaf in leaves)
+    return pytree.tree_map(torch.as_tensor, target) if structured else torch.as_tensor(target)
+
+
+def _stacked(*items: Tensor) -> Tensor:
+    tensor = torch.stack(items)
+    return tensor if tensor.is_floating_point() else tensor.long()

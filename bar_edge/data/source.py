@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 Shape = tuple[int, int, int]
+#: (N, ...) tensors, one or in tuples, lists and dictionaries; the same row of each belongs to one image
+Targets = Any
+#: value of a mask's pixels that belong to no class (the convention of Pascal VOC and Cityscapes)
+UNLABELLED = 255
 
 
 class Split(Protocol):
@@ -24,13 +29,14 @@ class Split(Protocol):
 
     def batches(
         self, batch: int, *, train: bool, seed: int, epoch: int, device: torch.device | str, augment: str = "auto"
-    ) -> Iterator[tuple[Tensor, Any]]:
+    ) -> Iterator[tuple[Tensor, Targets]]:
         """Yield (images, targets) on `device`: float32 (N, C, H, W), normalised, channels last if C > 1.
 
         train: shuffled and augmented by (seed, epoch) alone, without the last partial batch unless
-        the split is smaller than one; otherwise everything, in order, as it is. augment: auto, none,
-        or a comma list out of crop, flip. Raises InputError for an unknown augmentation and for an
-        image that cannot be decoded.
+        the split is smaller than one; otherwise everything, in order, as it is. augment: auto (none
+        unless the targets are labels), none, or a comma list out of crop, flip; masks move with their
+        images. Raises InputError for an unknown augmentation, for one that the targets cannot follow
+        (see `augment.move`) and for an image that cannot be decoded.
         """
 
 
@@ -51,6 +57,26 @@ class DataSource:
     test: Split
 
 
+def each(function: Callable[[Tensor], Tensor], targets: Targets) -> Targets:
+    """Return the targets with the function applied to every tensor."""
+    return pytree.tree_map(function, targets)
+
+
+def take(targets: Targets, indices: Tensor) -> Targets:
+    """Return the targets of some images."""
+    return each(lambda tensor: tensor[indices], targets)
+
+
+def count_images(targets: Targets) -> int:
+    """Return the number of images that the targets belong to."""
+    return min((len(tensor) for tensor in pytree.tree_leaves(targets)), default=0)
+
+
+def are_labels(targets: Targets) -> bool:
+    """Tell whether there is one number per image: a class, or a value to regress."""
+    return isinstance(targets, Tensor) and targets.ndim == 1
+
+
 def count_batches(images: int, batch: int, drop_last: bool) -> int:
     """Return the number of batches; a split smaller than one batch is one batch in training too."""
     return max(1, images // batch) if drop_last else -(-images // batch)
@@ -64,15 +90,16 @@ def generator(*seeds: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
-def stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+def stratified(targets: Targets, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Split indices into (rest, chosen), both ascending, with the same share of every class chosen.
 
-    labels: (N,) classes, at least one image of a class with two or more is chosen; labels with more
-    dimensions (masks) or of floats are one stratum.
+    targets: (N,) classes, at least one image of a class with two or more is chosen; anything else
+    (masks, floats, structures) is one stratum.
     """
-    strata = labels if labels.ndim == 1 and not labels.is_floating_point() else torch.zeros(len(labels))
+    number = count_images(targets)
+    strata = targets if are_labels(targets) and not targets.is_floating_point() else torch.zeros(number)
     draw = generator(seed)
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen = torch.zeros(number, dtype=torch.bool)
     for stratum in np.unique(strata.numpy()):
         members = (strata == int(stratum)).nonzero()[:, 0]
         count = max(round(share * len(members)), min(1, len(members) - 1))

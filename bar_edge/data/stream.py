@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bar_edge.data import augment as augmentation
 from bar_edge.data.images import Geometry, Images, UnlikeOthersError, corrupt, decode
-from bar_edge.data.source import count_batches, generator
+from bar_edge.data.source import Targets, count_batches, each, generator, take
 from bar_edge.errors import InputError
 
 #: batches that each worker decodes ahead
@@ -58,8 +58,8 @@ class StreamSplit:
     """A subset of encoded images, decoded anew in every pass; see `Split`."""
 
     images: Images
-    #: (N, ...) targets of all images
-    targets: Tensor
+    #: targets of all images
+    targets: Targets
     #: (n,) rows of images, in the order of the split
     indices: Tensor
     geometry: Geometry
@@ -79,7 +79,7 @@ class StreamSplit:
 
     def batches(
         self, batch: int, *, train: bool, seed: int, epoch: int, device: torch.device | str, augment: str = "auto"
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor, Targets]]:
         """Yield (images, targets) on `device`; see `Split.batches`."""
         device = torch.device(device)
         names = augmentation.parse(augment, self.automatic) if train else ()
@@ -92,10 +92,10 @@ class StreamSplit:
             names = tuple(name for name in names if name != "crop")
         parts = [slice(n * batch, (n + 1) * batch) for n in range(self.n_batches(batch, drop_last=train))]
         for part, pixels in zip(parts, self._decoded(indices, corners, parts, device), strict=True):
-            moved = pixels.to(device, non_blocking=True)
             rows, columns, flip = (t[part].to(device) for t in (draws.rows, draws.columns, draws.flip))
-            moved = augmentation.crop_and_flip(moved, rows, columns, flip, names)
-            targets = self.targets[indices[part]].to(device)
+            targets = each(lambda t: t.to(device), take(self.targets, indices[part]))
+            moved = pixels.to(device, non_blocking=True)
+            moved, targets = augmentation.move(moved, targets, rows, columns, flip, names)
             yield augmentation.normalise(moved, self.mean, self.std), targets
 
     def _decoded(self, indices: Tensor, corners: Tensor, parts: list[slice], device: torch.device) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bar_edge.config import DistillConfig, TrainConfig
 from bar_edge.data import DataSource, Split
+from bar_edge.data.source import Targets
 from bar_edge.errors import InputError
 from bar_edge.methods.distillation import distillation_loss
 from bar_edge.training.hardware import choose_device, choose_precision, make_fabric
@@ -60,11 +61,11 @@ def train(
 ) -> None:
     """Train a network in place for the phase's epochs, and leave it in eval mode on the training device.
 
-    teacher: distilled from if the task can; a pruner brings its own instead. pruner: `network` is its gated
-    network then, and no moving average is kept, since weights and gates only fit together as they are.
-    journal: where metrics and one checkpoint per epoch go; a phase that it knows goes on where it stopped, a
-    finished one is only loaded. 0 epochs change nothing. Raises InputError if the loss stops being finite, if
-    nothing is trainable, or if a checkpoint belongs to another run.
+    teacher: distilled from if the task can (progress is told if not); a pruner brings its own instead. pruner:
+    `network` is its gated network then, and no moving average is kept, since weights and gates only fit together
+    as they are. journal: where metrics and one checkpoint per epoch go; a phase that it knows goes on where it
+    stopped, a finished one is only loaded. 0 epochs change nothing. Raises InputError if the loss stops being
+    finite, if nothing is trainable, or if a checkpoint belongs to another run.
     """
     if getattr(config, phase):
         _Training(network, data, task, config, phase, seed, teacher, distill, pruner, journal, progress).run()
@@ -100,6 +101,9 @@ class _Training:
         self.raw_optimizer = make_optimizer(weights, config, getattr(config, f"lr_{phase}"))
         self.model, self.optimizer = self.fabric.setup(network, self.raw_optimizer)
         distills = bool(distill.alpha) and pruner is None and isinstance(task, Distills)
+        learns = teacher is not None or pruner is not None
+        if distill.alpha and learns and not isinstance(task, Distills):
+            self.progress.note(f"{phase} without distillation: the task {task.metric_name} has no `distill`")
         self.teacher = self.fabric.setup_module(teacher.eval()) if teacher is not None and distills else None
         self.ema = MovingAverage(network, config.ema) if config.ema and pruner is None else None
 
@@ -142,7 +146,7 @@ class _Training:
                     self.journal.append(record)
                 sums, since = torch.zeros(2, device=self.device), 0
 
-    def _step(self, step: int, images: Tensor, targets: Tensor) -> Tensor:
+    def _step(self, step: int, images: Tensor, targets: Targets) -> Tensor:
         """Do one step of the weights (and gates); return (loss, data loss) `(2,)`, on the device."""
         for group in self.raw_optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.phase, step, self.epochs * self.steps_per_epoch)

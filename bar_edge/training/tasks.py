@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bar_edge.data.source import UNLABELLED, Targets
 from bar_edge.errors import InputError
 from bar_edge.methods.distillation import soft_cross_entropy
 from bar_edge.user_code import load_attribute
 
-#: pixels with this label count nowhere (the convention of Pascal VOC and Cityscapes)
-UNLABELLED = 255
-
 
 class Task(Protocol):
-    """A loss and a metric; a task may also have `distill` (see `Distills`).
+    """A loss and a metric; a task may also have `distill` (see `Distills`), else nothing is distilled.
 
+    outputs: what the network returns, a tensor or tuples, lists and dictionaries of tensors; targets: what the
+    data set returns, stacked. Both (N, ...), on one device; classification and segmentation take plain tensors.
     The metric of a split is `value` of the sum of `metric` over its batches, so that it is exact however
     the split is cut into batches.
     """
@@ -27,11 +27,11 @@ class Task(Protocol):
     metric_name: str
     higher_is_better: bool
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, outputs: Any, targets: Targets) -> Tensor:
         """Return the mean loss of a batch, a scalar."""
         ...
 
-    def metric(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def metric(self, outputs: Any, targets: Targets) -> Tensor:
         """Return the batch's counts, a tensor whose shape is the same for every batch."""
         ...
 
@@ -44,8 +44,8 @@ class Task(Protocol):
 class Distills(Protocol):
     """A task whose students learn from a teacher's outputs."""
 
-    def distill(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Return the distillation loss of a batch, a scalar."""
+    def distill(self, student: Any, teacher: Any, temperature: float) -> Tensor:
+        """Return the distillation loss of a batch, a scalar; student, teacher: outputs of the same structure."""
         ...
 
 
