@@ -189,8 +189,7 @@ class _Lowerer:
                 wide = self._padded(part, node, positions[start], module.width - positions[end - 1] - 1)
                 x = self.graph.call_function(aten.add.Tensor, (x, wide))
         elif kind == "gather":
-            wide = self._scattered(b, len(self.network.shapes[node.name]), 1, module.width, module.positions_b)
-            x = self.graph.call_function(aten.add.Tensor, (x, wide))
+            x = self.graph.call_function(aten.add.Tensor, (x, self._gathered(b, node, module)))
         else:
             x = self.graph.call_function(aten.index_add.default, (x, 1, self._index(module.positions_b), b))
         self.made[node] = x
@@ -224,6 +223,20 @@ class _Lowerer:
         padded = self.graph.call_function(aten.constant_pad_nd.default, (x, [*after, 0, 1]))
         origin = {place: i for i, place in enumerate(positions)}
         return select(self.graph, self.root, padded, axis, tuple(origin.get(i, len(positions)) for i in range(width)))
+
+    def _gathered(self, b: fx.Node, node: fx.Node, module: MixedAdd) -> fx.Node:
+        """Put a writer's channels in place by one Gather, zeros from a filter that is all zeros if there is one."""
+        writer = self.network.module_of(operands(node)[1])
+        zeros: list[int] = []
+        if isinstance(writer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            rows = writer.weight.detach().flatten(1)
+            rows = rows if writer.bias is None else torch.cat([rows, writer.bias.detach().unsqueeze(1)], 1)
+            zeros = (rows == 0).all(1).nonzero().flatten().tolist()
+        if not zeros:
+            return self._scattered(b, len(self.network.shapes[node.name]), 1, module.width, module.positions_b)
+        origin = {place: i for i, place in enumerate(module.positions_b)}
+        index = tuple(origin.get(i, zeros[0]) for i in range(module.width))
+        return select(self.graph, self.root, b, 1, index)
 
     def _expand(self, module: Expand, x: fx.Node) -> fx.Node:
         rank = len(self.network.shapes[next(n.name for n, m in self.made.items() if m is x)])

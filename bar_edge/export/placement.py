@@ -120,7 +120,8 @@ def stream_placements(network: Network, found: Passages, stream: Stream, form: F
     """Return the placements of a stream's tensors in a form.
 
     None for a stream that passes through something that cannot be made wider as it would have to be
-    (a grouped convolution, a norm over channels): it stays as it is.
+    (a grouped convolution, a norm over channels) before its last addition: it stays as it is. What comes
+    of such an operator after that stays alone.
     """
     if form.kind not in ("regular", "zero-filled") and form.rounding == 1:
         return {}
@@ -128,8 +129,14 @@ def stream_placements(network: Network, found: Passages, stream: Stream, form: F
     for node, slots in _slots(found, stream, form).items():
         place = {slot: i for i, slot in enumerate(slots)}
         places[node] = Placement(len(slots), tuple(place[c] for c in stream.channels[node]), tuple(slots))
-    fits = all(place.is_whole or can_widen(network, found[node], node) for node, place in places.items())
-    return places if fits else {}
+    stays: set[fx.Node] = set()
+    for node, place in places.items():
+        sources = {link.source for link in found[node].links}
+        if not (place.is_whole or can_widen(network, found[node], node)) or sources & stays:
+            stays.add(node)
+    if any(found[node].kind == "add" for node in stays) or not all(is_identity(found[node]) for node in stays):
+        return {}
+    return {node: place for node, place in places.items() if node not in stays}
 
 
 def rounded_placements(
