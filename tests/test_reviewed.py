@@ -215,3 +215,67 @@ def test_a_copy_of_a_gated_network_is_gated() -> None:
     assert twin.layout is twin.gates.layout
     assert torch.equal(gated(images), twin(images))
     assert protected_gates(twin.layout, "volume")
+
+
+#: functions of a map whose value or slope at 0 is infinite, as people write them
+POLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "filter response norm": lambda y: y * torch.rsqrt(y.square().mean((2, 3), keepdim=True)),
+    "log": lambda y: torch.log(y.abs() + 1e-3),
+    "log of what is there": lambda y: torch.log(y.square()),
+    "root": lambda y: torch.sqrt(y.square()),
+    "power": lambda y: y.abs() ** 0.5 + y.abs() ** -0.25,
+    "quotient": lambda y: y / y.abs().mean((2, 3), keepdim=True),
+    "standardised": lambda y: (y - y.mean((2, 3), keepdim=True)) / y.std((2, 3), keepdim=True),
+    "reciprocal": lambda y: 1 / y,
+}
+
+
+@pytest.mark.parametrize("name", POLES)
+def test_absent_channels_never_reach_a_pole(name: str) -> None:
+    """Masked, sliced and gated agree, and no gradient of a shut gate's neighbours is infinite or not a number."""
+    function = POLES[name]
+    body = lambda s, x: s.h(function(s.b(function(s.a(x)))))  # noqa: E731
+    kept = {"a": (0, 3, 4), "b": (1, 2, 5)}
+    check(Net(body, a=conv(3, 6), b=conv(6, 6), h=conv(6, 2)), kept)
+    _, network, images = traced(Net(body, a=conv(3, 6), b=conv(6, 6), h=conv(6, 2)))
+    layout = GateLayout(network)
+    assert not any(passage.kind == "opaque" for passage in layout.found.values())
+    gated = GatedNetwork(layout).double()
+    with torch.no_grad():
+        gated.gates.log_alpha.fill_(-4.0)
+        for layer, ids in kept.items():
+            gated.gates.log_alpha[[layout.offsets[layer][0] + i for i in ids]] = 4.0
+    plan = layout.plan(gated.gates.opened())
+    assert relative_difference(masked_outputs(network, plan, images), gated.eval()(images)) < 1e-9
+    with torch.no_grad():  # one gate in two is drawn shut
+        gated.gates.log_alpha.fill_(-0.8)
+    for _ in range(3):
+        answer = gated.train()(images)
+        answer.square().mean().backward()
+        gradients = [p.grad for p in gated.parameters() if p.grad is not None]
+        assert answer.isfinite().all() and all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y: F.adaptive_max_pool2d(y, 1),
+        lambda y: F.adaptive_max_pool2d(y, 3),
+        lambda y: F.max_pool2d(y, 2, return_indices=True)[0],
+        lambda y: y.max(-1)[0].max(dim=2, keepdim=True).values.unsqueeze(3),
+        lambda y: y.min(dim=-1, keepdim=True).values,
+    ],
+)
+def test_largest_values_with_their_indices(function: Callable[[Tensor], Tensor]) -> None:
+    body = lambda s, x: s.h(torch.cos(function(s.a(x))))  # noqa: E731
+    sliced = check(Net(body, a=conv(3, 6), h=conv(6, 2, 1)), {"a": (0, 3)})
+    layer = sliced.body.get_submodule("h")
+    assert isinstance(layer, nn.Conv2d) and layer.in_channels == 2
+
+
+def test_indices_that_are_read_need_the_whole_map() -> None:
+    def body(s: Any, x: Tensor) -> Tensor:
+        values, indices = F.max_pool2d(s.a(x), 2, return_indices=True)
+        return s.h(F.max_unpool2d(values, indices, 2))
+
+    check(Net(body, a=conv(3, 6), h=conv(6, 2, 1)), {"a": (0, 3)})

@@ -144,8 +144,9 @@ def _propagate_shapes(
             module = body.get_submodule(str(n.target)) if n.op == "call_module" else None
             same = isinstance(module, _KEEP_SHAPE)  # fake BatchNorm takes a hundredth of a second
             value = self.fetch_args_kwargs_from_env(n)[0][0] if same else super().run_node(n)
-            if isinstance(value, Tensor):
-                shapes[n.name] = tuple(value.shape)
+            first = value[0] if isinstance(value, tuple | list) and n.target in _PAIRS else value
+            if isinstance(first, Tensor):
+                shapes[n.name] = tuple(first.shape)
             elif isinstance(value, int | float):
                 sizes[n.name] = value
             return value
@@ -162,3 +163,14 @@ def _propagate_shapes(
 
 
 _KEEP_SHAPE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout)
+#: operators that return values and their indices: their shape is that of the values
+_PAIRS = {
+    torch.ops.aten.max.dim,
+    torch.ops.aten.min.dim,
+    torch.ops.aten.adaptive_max_pool1d.default,
+    torch.ops.aten.adaptive_max_pool2d.default,
+    torch.ops.aten.adaptive_max_pool3d.default,
+    torch.ops.aten.max_pool1d_with_indices.default,
+    torch.ops.aten.max_pool2d_with_indices.default,
+    torch.ops.aten.max_pool3d_with_indices.default,
+}

@@ -179,6 +179,8 @@ _ALONG_AXES = {
     aten.softmax.int,
     aten.log_softmax.int,
     aten.cumsum.default,
+    aten.std.dim,
+    aten.var.dim,
     aten.std.correction,
     aten.var.correction,
     aten.sort.default,
