@@ -334,13 +334,14 @@ def _parts(call: Call) -> tuple[list[Tensor], int]:
 _FUNCTIONS: dict[Rule, str] = {
     _channelwise: """relu relu6 leaky_relu elu selu celu silu gelu mish tanh hardtanh hardswish sigmoid hardsigmoid
         softplus softsign logsigmoid tanhshrink softshrink hardshrink abs neg exp expm1 log1p sqrt
-        square sin cos erf rsub rsqrt reciprocal log log2 log10 rdiv rtruediv dropout dropout1d dropout2d dropout3d feature_dropout
-        alpha_dropout feature_alpha_dropout""",
+        square sin cos erf rsub rsqrt reciprocal log log2 log10 rdiv rtruediv
+        dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout""",
     _layer_norm: "layer_norm",
     _one_tensor: "pow ipow clamp clamp_min clamp_max clip",
     _on_axis_1: """batch_norm instance_norm group_norm interpolate upsample max_pool1d max_pool2d max_pool3d avg_pool1d
         avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
-        adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices""",
+        adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices max_pool2d_with_indices
+        max_pool3d_with_indices""",
     _convolution: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
     _linear: "linear",
     _binary(torch.maximum): "add radd iadd sub isub subtract",

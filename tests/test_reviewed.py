@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from bar_edge.methods.gates import GatedNetwork
 from bar_edge.methods.projection import project, protected_gates
 from bar_edge.network import MixedAdd, Network, count, prunable, trace
 from bar_edge.network.liveness import held_channels
+from bar_edge.network.mixed import PartialNorm
 from bar_edge.records import ChannelPlan
 from bar_edge.surgery import masked_outputs, relative_difference, slice_network
 from tests.meaning import masked_answer
@@ -279,3 +281,86 @@ def test_indices_that_are_read_need_the_whole_map() -> None:
         return s.h(F.max_unpool2d(values, indices, 2))
 
     check(Net(body, a=conv(3, 6), h=conv(6, 2, 1)), {"a": (0, 3)})
+
+
+def test_zeros_behind_a_merged_batch_have_its_length() -> None:
+    class Video(nn.Module):
+        """Frames of a video as images: the first axis is batch * frames."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.h = conv(3, 4), conv(3, 4), conv(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            frames = x.flatten(0, 1)
+            joined = torch.cat([self.a(frames), self.b(frames).softmax(1)], 1)
+            return self.h(joined).unflatten(0, (x.shape[0], 3)).mean(1)
+
+    torch.manual_seed(0)
+    module, images = randomise(Video().double().eval(), seed=1), contrasting(4, 3, 3, 6, 6)
+    network = trace(module, images)
+    sliced = slice_network(network, ChannelPlan(network=network.fingerprint, kept={"b": ()}))
+    expected = masked_answer(module, {"b": ()}, images)
+    for n in (1, 4):
+        assert relative_difference(expected[:n], sliced(images[:n])) < 1e-9
+
+
+def test_names_of_new_parts_are_free() -> None:
+    class Named(nn.Module):
+        """A user who calls things as surgery does, for the sliced network and for one that is sliced again."""
+
+        channels: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.c, self.e, self.h, self.add = conv(3, 8), conv(8, 8), conv(8, 2), conv(3, 2)
+            self.register_buffer("channels", torch.rand(2, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.c(x)
+            z = F.relu(y + self.e(y))
+            return self.h(z[:, [7, 1, 3, 0, 2, 4, 6, 5]].softmax(1)) * self.channels + self.add(x)
+
+    module, network, images = traced(Named())
+    kept = {"c": (0, 1, 5, 6), "e": (2, 5, 7)}
+    sliced = slice_network(network, ChannelPlan(network=network.fingerprint, kept=kept))
+    assert relative_difference(masked_answer(module, kept, images), sliced(images)) < 1e-9
+    again = ChannelPlan(network=sliced.fingerprint, kept={"c": (0, 3), "e": (1,)})
+    twice = slice_network(sliced, again)
+    assert relative_difference(masked_outputs(sliced, again, images), twice(images)) < 1e-9
+    assert torch.equal(twice.body.get_buffer("channels"), module.channels)
+
+
+@pytest.mark.parametrize("kind", ["groups", "last"])
+def test_norms_of_what_is_left_do_not_overflow_in_half_precision(kind: str) -> None:
+    x = torch.full((2, 4, 64, 64), 300.0) * torch.rand(2, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+    axis, membership = (1, (0, 0, 1, 1)) if kind == "groups" else (-1, (0, 0, 0, 0))
+    norm = PartialNorm(axis, 3 if kind == "groups" else 64, membership, 1e-5, True)
+    x = x if kind == "groups" else x.movedim(1, -1).repeat_interleave(4, -1)[..., :4] * 100
+    expected = norm(x)
+    for got in (norm.half()(x.half()), norm.bfloat16()(x.bfloat16())):
+        assert got.dtype == x.to(got.dtype).dtype and got.isfinite().all()
+        torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.05)
+    with torch.autocast("cpu", torch.float16):
+        torch.testing.assert_close(norm.float()(x.half()).float(), expected, rtol=0.01, atol=0.01)
+
+
+def test_a_layer_norm_without_bias_gets_none(tmp_path: Path) -> None:
+    body = lambda s, x: s.h(s.n(s.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))  # noqa: E731
+    sliced = check(Net(body, a=conv(3, 6), n=nn.LayerNorm(6, bias=False), h=conv(6, 2)), {"a": (1, 2, 5)})
+    assert "body.n.bias" not in dict(sliced.named_parameters())
+    assert sum(p.numel() for p in sliced.parameters()) == count(sliced).params
+    sliced.save(tmp_path / "n")
+    images = contrasting(2, 3, 8, 8)
+    assert torch.equal(Network.load(tmp_path / "n").eval()(images), sliced(images))
+
+
+def test_frozen_parameters_stay_frozen_in_a_file(tmp_path: Path) -> None:
+    module = Net(lambda s, x: s.h(s.n(s.a(x))), a=conv(3, 6), n=nn.BatchNorm2d(6), h=conv(6, 2))
+    module.a.requires_grad_(False)
+    _, network, _ = traced(module)
+    for one in (network, slice_network(network, ChannelPlan(network=network.fingerprint, kept={"a": (1, 2)}))):
+        one.save(tmp_path / "n")
+        loaded = Network.load(tmp_path / "n")
+        frozen = {name for name, p in loaded.named_parameters() if not p.requires_grad}
+        assert frozen == {"body.a.weight", "body.a.bias"} and loaded.fingerprint == one.fingerprint

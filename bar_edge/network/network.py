@@ -34,7 +34,7 @@ class Network(nn.Module):
         self.body, self.input_shapes, self.out_spec = body, input_shapes, out_spec
         body.graph.lint()
         _check_structure(out_spec, len(body.graph.output_node().args[0]))  # type: ignore[arg-type]
-        self.shapes, self.sizes = _propagate_shapes(body, input_shapes)
+        self.shapes, self.sizes = propagate_shapes(body, input_shapes)
 
     def forward(self, *inputs: Tensor) -> Any:
         """Run the graph and return what the user's module returned."""
@@ -51,9 +51,9 @@ class Network(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the graph and its modules' settings, not of the weights, their types or whether norms have any."""
+        """Hash of the graph and its modules' settings, not of the weights, their types, which are frozen or absent."""
         described = describe(self.body, self.input_shapes, self.out_spec)
-        del described["dtypes"]
+        del described["dtypes"], described["frozen"]
         for settings in described["modules"].values():
             settings.pop("affine", None)
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
@@ -86,6 +86,8 @@ class Network(nn.Module):
             network.body.load_state_dict(tensors)
             for name, source in data["aliases"].items():
                 tie(network.body, name, source)
+            for name in data.get("frozen", []):  # files of older versions have none
+                network.body.get_parameter(name).requires_grad_(False)
         except Exception as error:  # the files may be anybody's: whatever they make us stumble over is their fault
             raise InputError(
                 "a complete network folder",
@@ -133,9 +135,10 @@ def is_network_folder(folder: Path) -> bool:
     return (folder / "network.json").is_file()
 
 
-def _propagate_shapes(
-    body: fx.GraphModule, input_shapes: tuple[tuple[int, ...], ...]
+def propagate_shapes(
+    body: fx.GraphModule, input_shapes: tuple[tuple[int, ...], ...], n: int = 2
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, int | float]]:
+    """Return the shape of every tensor of a graph, and every other value, for a batch of n."""
     shapes: dict[str, tuple[int, ...]] = {}
     sizes: dict[str, int | float] = {}
 
@@ -156,7 +159,7 @@ def _propagate_shapes(
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         device = next((p.device for p in body.parameters()), torch.device("cpu"))
         dtype = next((p.dtype for p in body.parameters()), torch.float32)
-        Recorder(body).run(*(torch.empty(2, *shape, device=device, dtype=dtype) for shape in input_shapes))
+        Recorder(body).run(*(torch.empty(n, *shape, device=device, dtype=dtype) for shape in input_shapes))
     for module, training in modes.items():
         module.training = training
     return shapes, sizes
