@@ -364,3 +364,32 @@ def test_frozen_parameters_stay_frozen_in_a_file(tmp_path: Path) -> None:
         loaded = Network.load(tmp_path / "n")
         frozen = {name for name, p in loaded.named_parameters() if not p.requires_grad}
         assert frozen == {"body.a.weight", "body.a.bias"} and loaded.fingerprint == one.fingerprint
+
+
+def up_by_views(y: Tensor) -> Tensor:
+    n, c, h, w = y.shape
+    return y.view(n, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(n, c // 4, 2 * h, 2 * w)
+
+
+def down_by_views(y: Tensor) -> Tensor:
+    n, c, h, w = y.shape
+    return y.view(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(n, 4 * c, h // 2, w // 2)
+
+
+@pytest.mark.parametrize(("function", "width"), [(up_by_views, 2), (down_by_views, 32)])
+def test_a_pixel_shuffle_of_views_has_its_rule(function: Callable[[Tensor], Tensor], width: int) -> None:
+    body = lambda s, x: s.h(torch.cos(function(s.a(x))))  # noqa: E731
+    sliced = check(Net(body, a=conv(3, 8), h=conv(width, 2)), {"a": (1, 4, 6)})
+    assert not any(passage.kind == "opaque" for passage in GateLayout(sliced).found.values())
+    assert sum("pixel" in str(node.target) for node in sliced.nodes) == 1
+
+
+def test_views_in_another_order_are_no_pixel_shuffle() -> None:
+    """Depth to space with the block first, as TensorFlow has it: filled up with zeros, still exact."""
+
+    def blocks_first(y: Tensor) -> Tensor:
+        n, c, h, w = y.shape
+        return y.view(n, 2, 2, c // 4, h, w).permute(0, 3, 4, 1, 5, 2).reshape(n, c // 4, 2 * h, 2 * w)
+
+    sliced = check(Net(lambda s, x: s.h(blocks_first(s.a(x))), a=conv(3, 8), h=conv(2, 2)), {"a": (1, 4, 6)})
+    assert not any("pixel" in str(node.target) for node in sliced.nodes)
