@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bar_edge.errors import InputError
 from bar_edge.export.lowering import LOWERINGS, lower
 from bar_edge.methods import BAR, GateLayout, smallest_cost
 from bar_edge.methods.gates import GatedNetwork
@@ -393,3 +394,62 @@ def test_views_in_another_order_are_no_pixel_shuffle() -> None:
 
     sliced = check(Net(lambda s, x: s.h(blocks_first(s.a(x))), a=conv(3, 8), h=conv(2, 2)), {"a": (1, 4, 6)})
     assert not any("pixel" in str(node.target) for node in sliced.nodes)
+
+
+KEPT: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, nn.Module]]] = {
+    "a branch beside the cheapest path": (
+        lambda s, x: s.h((lambda y: y + s.b(F.relu(s.a(y))))(F.relu(s.s(x)))),
+        {"s": conv(3, 8), "a": conv(8, 8), "b": conv(8, 8), "h": conv(8, 2)},
+    ),
+    "behind another layer": (
+        lambda s, x: s.h(torch.cat([s.s(x), s.b(s.a(s.c(x)))], 1)),
+        {"s": conv(3, 4), "c": conv(3, 8), "a": conv(8, 8), "b": conv(8, 4), "h": conv(8, 2)},
+    ),
+    "half of it is read elsewhere": (
+        lambda s, x: s.h(torch.cat([s.s(x), (lambda y: torch.cat([s.b(y[:, :3]), s.c(y[:, 2:])], 1))(s.a(x))], 1)),
+        {"s": conv(3, 4), "a": conv(3, 8), "b": conv(3, 4), "c": conv(6, 4), "h": conv(12, 2)},
+    ),
+    "a gate of two convolutions": (
+        lambda s, x: s.h(s.s(x) + s.b(s.a(x) * torch.sigmoid(s.g(x)))),
+        {"s": conv(3, 4), "a": conv(3, 8), "g": conv(3, 8), "b": conv(8, 4), "h": conv(4, 2)},
+    ),
+    "squeeze and excite": (
+        lambda s, x: s.h(s.s(x) + s.b((lambda y: y * torch.sigmoid(s.f(F.relu(s.e(y.mean((2, 3), True))))))(s.a(x)))),
+        {"s": conv(3, 4), "a": conv(3, 8), "e": conv(8, 2), "f": conv(2, 8), "b": conv(8, 4), "h": conv(4, 2)},
+    ),
+    "grouped": (
+        lambda s, x: s.h(s.s(x) + s.b(F.relu(s.a(F.relu(s.c(x)))))),
+        {"s": conv(3, 4), "c": conv(3, 8), "a": conv(8, 8, groups=4), "b": conv(8, 4), "h": conv(4, 2)},
+    ),
+    "read by groups": (
+        lambda s, x: s.h(s.s(x) + s.b(F.relu(s.a(x)))),
+        {"s": conv(3, 4), "a": conv(3, 8), "b": conv(8, 4, groups=2), "h": conv(4, 2)},
+    ),
+}
+
+
+@pytest.mark.parametrize("keep", ["a=4", "a"])
+@pytest.mark.parametrize("name", KEPT)
+def test_a_least_width_is_that_of_the_sliced_layer(name: str, keep: str) -> None:
+    body, parts = KEPT[name]
+    least, asked = ("a=4", 4) if "=" in keep else ("a", 8)
+    asked = min(asked, 6) if name == "half of it is read elsewhere" else asked
+    _, network, _ = traced(Net(body, **copy.deepcopy(parts)))
+    layout = GateLayout(network, keep=(least,))
+    for metric in ("volume", "flops", "params"):
+        limit = smallest_cost(layout, metric)
+        for seed in range(4):
+            scores = torch.rand(layout.size, generator=torch.Generator().manual_seed(seed))
+            plan, _ = project(layout, scores, torch.ones(layout.size, dtype=torch.bool), metric, limit)
+            sliced = slice_network(network, plan)
+            layer = sliced.body.get_submodule("a")
+            assert isinstance(layer, nn.Conv2d) and layer.out_channels >= asked, (metric, seed)
+            assert count(sliced).of(metric) <= limit
+
+
+def test_a_least_width_that_cannot_be_read_is_refused() -> None:
+    body = lambda s, x: (lambda y: s.h(y[:, :3]) + s.k(y[:, 5:]))(s.a(x))  # noqa: E731
+    _, network, _ = traced(Net(body, a=conv(3, 8), h=conv(3, 2), k=conv(3, 2)))
+    with pytest.raises(InputError, match="a=6 or less"):
+        smallest_cost(GateLayout(network, keep=("a=7",)), "volume")
+    assert smallest_cost(GateLayout(network, keep=("a=6",)), "volume") == 64 * 6 + 64 * 4
