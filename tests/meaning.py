@@ -98,9 +98,13 @@ def _carry(value: Tensor, exists: Tensor, labels: Tensor, run: Run) -> Tracked:
 
 
 def channel_axis(x: Tracked) -> int | None:
-    """Return the first axis along which labels differ, counted from the end; None if all are the same."""
-    differ = ((x.labels != x.labels.narrow(axis, 0, 1)).any() for axis in range(x.labels.ndim))
-    return next((axis - x.labels.ndim for axis, along in enumerate(differ) if along), None)
+    """Return the first axis along which labels differ, counted from the end; None if all are the same.
+
+    One channel that several were moved into (a pixel shuffle of four channels) counts as one label.
+    """
+    axes = [axis for axis in range(x.labels.ndim) if (x.labels != x.labels.narrow(axis, 0, 1)).any()]
+    one = len(axes) > 1 and x.shape[1] == 1
+    return axes[0] - x.labels.ndim if axes and not one else None
 
 
 def settled(x: Tracked) -> Tensor:

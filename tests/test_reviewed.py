@@ -453,3 +453,9 @@ def test_a_least_width_that_cannot_be_read_is_refused() -> None:
     with pytest.raises(InputError, match="a=6 or less"):
         smallest_cost(GateLayout(network, keep=("a=7",)), "volume")
     assert smallest_cost(GateLayout(network, keep=("a=6",)), "volume") == 64 * 6 + 64 * 4
+
+
+def test_a_pixel_shuffle_into_one_channel() -> None:
+    body = lambda s, x: s.h(torch.cos(up_by_views(s.a(x))))  # noqa: E731
+    check(Net(body, a=conv(3, 4), h=conv(1, 2)), {"a": (0, 3)})
+    check(Net(body, a=conv(3, 4), h=conv(1, 2)), {"a": ()})
