@@ -177,6 +177,7 @@ def bench(
     target: Path,
     *,
     runtime: str = "onnxruntime-cpu",
+    precision: str = "fp32",
     threads: int = 1,
     batch: int = 1,
     seconds: float = 3.0,
@@ -188,13 +189,13 @@ def bench(
     if limit is not None and limit.metric != "ms":
         raise InputError("a budget in milliseconds, such as 8ms", got=limit.text, consequence="nothing was measured")
     files = [target, against] if against else [target]
-    found = bench_onnx(files, runtime=runtime, threads=threads, batch=batch, seconds=seconds)
+    found = bench_onnx(files, runtime=runtime, precision=precision, threads=threads, batch=batch, seconds=seconds)
     comparison = compare(*found) if against else None
     file = save_measurement(target, found[0], budget=limit, comparison=comparison)
     answer = summary(found[0], budget=limit, comparison=comparison)
     run = target.resolve().parent.parent
     if target.is_dir() and (run / "result.json").is_file():
-        entry = {key: answer[key] for key in ("name", "runtime", "threads", "batch")}
+        entry = {key: answer[key] for key in ("name", "runtime", "precision", "threads", "batch")}
         entry |= {"p50_ms": answer["percentiles_ms"]["p50"], "n": answer["runs"], "file": f"{target.name}/{file.name}"}
         result = read_json(run / "result.json")
         result["latency"] = [old for old in result["latency"] if old["file"] != entry["file"]] + [entry]

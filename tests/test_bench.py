@@ -1,5 +1,6 @@
 """Measuring: what is run and recorded, what is withheld, and how it fails. No test asserts a speed."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -27,7 +28,7 @@ def relu_file(path: Path, shape: tuple[str | int, ...] = ("batch", 3, 4, 4), dty
 
 
 def latency(samples: list[float], name: str = "a") -> Latency:
-    environment: dict[str, str | int | float | None] = {"runtime": "onnxruntime-cpu", "threads": 1}
+    environment: dict[str, str | int | float | None] = {"runtime": "onnxruntime-cpu", "precision": "fp32", "threads": 1}
     return Latency(name=name, samples_ms=tuple(samples), warmup_runs=10, batch=1, environment=environment)
 
 
@@ -65,6 +66,32 @@ def test_uint8_input_and_two_files_in_rounds(tmp_path: Path) -> None:
     assert len(a.samples_ms) == len(b.samples_ms) and a.environment["interleaved"] == 2
     comparison = compare(a, b)
     assert comparison.low <= comparison.speedup <= comparison.high and comparison.against == "b.onnx"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
+def test_openvino(tmp_path: Path) -> None:
+    files = [relu_file(tmp_path / "a.onnx"), relu_file(tmp_path / "b.onnx", dtype=TensorProto.UINT8)]
+    a, b = bench_onnx(files, runtime="openvino-cpu", threads=2, batch=3, seconds=0.05)
+    assert len(a.samples_ms) == len(b.samples_ms) >= MIN_RUNS
+    assert (a.environment["runtime"], a.environment["precision"]) == ("openvino-cpu", "fp32")
+    (half,) = bench_onnx(files[:1], runtime="openvino-cpu", precision="bf16", seconds=0.05)
+    assert save_measurement(files[0], half).name == "bench-openvino-cpu-bf16-t1-b1.json"
+    (tmp_path / "bad.onnx").write_bytes(b"rubbish")
+    with pytest.raises(InputError, match=r"bad\.onnx"):
+        bench_onnx([tmp_path / "bad.onnx"], runtime="openvino-cpu")
+    with pytest.raises(InputError, match="batch 1, which the file fixes"):
+        bench_onnx([relu_file(tmp_path / "one.onnx", (1, 3, 4, 4))], runtime="openvino-cpu", batch=2)
+    with pytest.raises(InputError, match="float32 or uint8"):
+        bench_onnx([relu_file(tmp_path / "int.onnx", dtype=TensorProto.INT64)], runtime="openvino-cpu")
+
+
+def test_onnxruntime_cuda_without_a_gpu_says_so(tmp_path: Path) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    with pytest.raises(EnvironmentLacks, match="onnxruntime-gpu"):
+        bench_onnx([relu_file(tmp_path / "a.onnx")], runtime="onnxruntime-cuda")
 
 
 def test_the_worker_imports_no_torch() -> None:
@@ -139,6 +166,8 @@ def test_bad_input(tmp_path: Path) -> None:
     good = relu_file(tmp_path / "good.onnx")
     with pytest.raises(InputError, match="onnxruntime-cpu"):
         bench_onnx([good], runtime="abacus")
+    with pytest.raises(InputError, match="for onnxruntime-cpu a precision out of: fp32"):
+        bench_onnx([good], precision="bf16")
     with pytest.raises(InputError, match="artifact folder"):
         bench_onnx([tmp_path])
     with pytest.raises(InputError, match="above 0"):
@@ -158,10 +187,10 @@ def test_bad_input(tmp_path: Path) -> None:
     ("onnxruntime", "kind", "text"),
     [
         ("raise ImportError('No module named onnxruntime')", EnvironmentLacks, "pip install"),
-        ("import os; os.abort()", BarEdgeError, "SIGABRT"),
+        ("import os; os.abort()", BarEdgeError, r"SIGABRT while loading a\.onnx"),
         ("import os; os._exit(7)", BarEdgeError, "exit status 7"),
         ("raise RuntimeError('broken library')", BarEdgeError, "broken library"),
-        ("import time; time.sleep(60)", BarEdgeError, "no answer within 3 s"),
+        ("import time; time.sleep(60)", BarEdgeError, r"no answer within 3 s while loading a\.onnx"),
     ],
     ids=["missing", "killed", "gone", "raises", "hangs"],
 )
@@ -180,6 +209,7 @@ def test_a_runtime_that_prints_breaks_nothing(tmp_path: Path, monkeypatch: pytes
         "import os\nos.write(1, b'hello from C\\n')\nprint('hello')\n__version__ = '0'\n"
         "class SessionOptions:\n    def add_session_config_entry(self, *entry): pass\n"
         "class InferenceSession:\n    def __init__(self, *a, **k): pass\n    def get_inputs(self): return []\n"
+        "    def get_providers(self): return ['CPUExecutionProvider']\n"
         "    def run(self, *a): sum(range(1000))\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import bar_edge
-from bar_edge.bench.runtimes import RUNTIMES
+from bar_edge.bench.runtimes import PRECISIONS, RUNTIMES
 from bar_edge.bench.statistics import Comparison, drift, meets
+from bar_edge.bench.worker import DOING
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
 from bar_edge.records import Budget, Latency, write_json
 
@@ -27,6 +28,7 @@ def bench_onnx(
     files: list[Path],
     *,
     runtime: str = "onnxruntime-cpu",
+    precision: str = "fp32",
     threads: int = 1,
     batch: int = 1,
     seconds: float = 3.0,
@@ -36,13 +38,19 @@ def bench_onnx(
     """Measure ONNX files (or artifact folders) on random inputs in a process of its own, one record per file.
 
     Several files are measured in interleaved rounds, so that `compare` may set them against each other.
-    seconds: of measuring, per file. timeout_s: of everything; default two minutes and thrice the measuring.
+    precision: of the arithmetic where the file leaves it open. seconds: of measuring, per file.
+    timeout_s: of everything; default two minutes and thrice the measuring.
     Raises InputError for a bad file or an unknown runtime, EnvironmentLacks if the runtime is not installed,
     BarEdgeError if the process dies or does not end.
     """
     if runtime not in RUNTIMES:
         known = ", ".join(RUNTIMES)
         raise InputError(f"a runtime out of: {known}", got=runtime, consequence="nothing was measured")
+    if precision not in PRECISIONS[runtime]:
+        known = ", ".join(PRECISIONS[runtime])
+        raise InputError(
+            f"for {runtime} a precision out of: {known}", got=precision, consequence="nothing was measured"
+        )
     if not files or threads < 1 or batch < 1 or not seconds > 0:
         got = f"{len(files)} files, threads={threads}, batch={batch}, seconds={seconds:g}"
         raise InputError("a file, and threads, batch and seconds above 0", got=got, consequence="nothing was measured")
@@ -50,6 +58,7 @@ def bench_onnx(
     request = {
         "files": [str(model.resolve()) for model in models],
         "runtime": runtime,
+        "precision": precision,
         "threads": threads,
         "batch": batch,
         "seconds": seconds,
@@ -77,6 +86,7 @@ def summary(latency: Latency, *, budget: Budget | None = None, comparison: Compa
         "schema": 1,
         "name": latency.name,
         "runtime": latency.environment["runtime"],
+        "precision": latency.environment["precision"],
         "threads": latency.environment["threads"],
         "batch": latency.batch,
         "runs": len(latency.samples_ms),
@@ -98,7 +108,8 @@ def save_measurement(
     """Write summary and raw samples beside a model file (or into an artifact folder) and return the path."""
     folder = _model_file(beside).parent
     environment = latency.environment
-    path = folder / f"bench-{environment['runtime']}-t{environment['threads']}-b{latency.batch}.json"
+    fast = "" if environment["precision"] == "fp32" else f"-{environment['precision']}"
+    path = folder / f"bench-{environment['runtime']}{fast}-t{environment['threads']}-b{latency.batch}.json"
     data = {**summary(latency, budget=budget, comparison=comparison), "samples_ms": list(latency.samples_ms)}
     try:
         write_json(path, data)
@@ -133,11 +144,11 @@ def _ask(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
             command, input=json.dumps(request), capture_output=True, text=True, timeout=timeout_s, env=environment
         )
     except subprocess.TimeoutExpired as error:
-        raise _died(f"no answer within {timeout_s:g} s", "measure fewer seconds, or a smaller batch") from error
+        doing = _doing(str(error.stderr or b"", "utf-8", "replace"))
+        raise _died(f"no answer within {timeout_s:g} s{doing}", "measure fewer seconds, or a smaller batch") from error
     if done.returncode < 0:
-        raise _died(
-            f"it was killed by {signal.Signals(-done.returncode).name}", "try another runtime, or a smaller batch"
-        )
+        killer = signal.Signals(-done.returncode).name
+        raise _died(f"killed by {killer}{_doing(done.stderr)}", "try another runtime or lowering, or a smaller batch")
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
     except ValueError as error:
@@ -147,6 +158,12 @@ def _ask(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         fields = answer["error"]
         raise _ERRORS.get(fields.pop("kind"), BarEdgeError)(fields.pop("required"), **fields)
     return answer
+
+
+def _doing(stderr: str) -> str:
+    """Say what the process was at."""
+    lines = [line.removeprefix(DOING) for line in stderr.splitlines() if line.startswith(DOING)]
+    return f" while {lines[-1]}" if lines else ""
 
 
 def _died(got: str, remedy: str) -> BarEdgeError:

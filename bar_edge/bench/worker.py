@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from bar_edge.bench.environment import environment
-from bar_edge.bench.runtimes import RUNTIMES, Loaded
+from bar_edge.bench.runtimes import RUNTIMES, Loaded, Settings
 from bar_edge.errors import BarEdgeError, InputError
 
+#: stderr's last line of this kind tells what the process was at
+DOING = "doing: "
 #: no measurement has fewer runs per model, however slow, nor more, however fast (enough for a p99.9)
 MIN_RUNS, MAX_RUNS = 10, 10_000
 #: warm-up goes in windows of at least so many runs and seconds, at least two of them ...
@@ -32,11 +34,20 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     Each round runs every file once; the order within a round is drawn anew from the seed.
     """
     paths = [Path(text) for text in request["files"]]
-    load = RUNTIMES[request["runtime"]]
-    models = [load(path, request["threads"], len(paths) == 1) for path in paths]
+    settings = Settings(
+        threads=request["threads"], batch=request["batch"], precision=request["precision"], alone=len(paths) == 1
+    )
+    models = []
+    for path in paths:
+        _doing("loading", path)
+        models.append(RUNTIMES[request["runtime"]](path, settings))
     rng = np.random.default_rng(request["seed"])
     runs = [_bind(model, request["batch"], rng) for model in models]
-    warmup_runs = [warm_up(run) for run in runs]
+    warmup_runs = []
+    for path, run in zip(paths, runs, strict=True):
+        _doing("warming up", path)
+        warmup_runs.append(warm_up(run))
+    _doing("measuring", *paths)
     samples = interleave(runs, request["seconds"] * len(runs), rng)
     return {
         "warmup_runs": warmup_runs,
@@ -44,12 +55,18 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         "environment": {
             "runtime": request["runtime"],
             "runtime_version": models[0].version,
+            "precision": request["precision"],
             "threads": request["threads"],
             "interleaved": len(paths),
             "seed": request["seed"],
             **environment(),
         },
     }
+
+
+def _doing(what: str, *paths: Path) -> None:
+    """Note for whoever waits what a native library may die of, or hang in."""
+    os.write(2, f"\n{DOING}{what} {', '.join(path.name for path in paths)}\n".encode())
 
 
 def warm_up(run: Callable[[], object]) -> int:

@@ -103,7 +103,10 @@ Lowering = Annotated[
 WithPreprocessing = Annotated[
     bool, _option("--with-preprocessing", text="Put the normalisation into the graph, which then takes uint8.")
 ]
-Runtime = Annotated[str, _option("--runtime", metavar="NAME", text="What runs the file: onnxruntime-cpu.")]
+Runtime = Annotated[
+    str,
+    _option("--runtime", metavar="NAME", text="What runs the file: onnxruntime-cpu, onnxruntime-cuda or openvino-cpu."),
+]
 Threads = Annotated[int, _option("--threads", metavar="N", text="Threads of the runtime.")]
 Seconds = Annotated[float, _option("--seconds", metavar="S", text="How long to measure.")]
 Json = Annotated[bool, _option("--json", text="Write exactly one JSON object to stdout, all else to stderr.")]
@@ -238,6 +241,9 @@ def export(
 def bench(
     target: Annotated[Path, typer.Argument(metavar="ARTIFACT|FILE.onnx", help="What export wrote, or an ONNX file.")],
     runtime: Runtime = "onnxruntime-cpu",
+    precision: Annotated[
+        str, _option("--precision", metavar="NAME", text="What the runtime computes in: fp32; openvino-cpu also bf16.")
+    ] = "fp32",
     threads: Threads = 1,
     batch: Annotated[int, _option("--batch", metavar="N", text="Inputs per inference.")] = 1,
     seconds: Seconds = 3.0,
@@ -252,7 +258,14 @@ def bench(
     from bar_edge import pipeline
 
     return pipeline.bench(
-        target, runtime=runtime, threads=threads, batch=batch, seconds=seconds, budget=budget, against=against
+        target,
+        runtime=runtime,
+        precision=precision,
+        threads=threads,
+        batch=batch,
+        seconds=seconds,
+        budget=budget,
+        against=against,
     )
 
 
