@@ -80,6 +80,8 @@ def load_openvino_cpu(path: Path, settings: Settings) -> Loaded:
             {
                 "INFERENCE_NUM_THREADS": settings.threads,
                 "NUM_STREAMS": 1,
+                # it would bind the thread to one core, and wait there for whatever else runs on it
+                "ENABLE_CPU_PINNING": False,
                 "PERFORMANCE_HINT": "LATENCY",
                 "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[settings.precision],
             },
