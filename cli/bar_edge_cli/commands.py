@@ -249,12 +249,27 @@ def bench(
     seconds: Seconds = 3.0,
     budget: Annotated[str | None, _option("--budget", metavar="MS", text="Judge the median by this, e.g. 8ms.")] = None,
     against: Annotated[
-        Path | None, _option("--against", metavar="OTHER", text="Measure this in turn with it, and give the ratio.")
+        Path | None,
+        _option(
+            "--against",
+            metavar="OTHER",
+            text="Give the ratio to another artifact or ONNX file, measured in turn with it, "
+            "or to an older measurement (its bench-*.json).",
+        ),
     ] = None,
+    on: Annotated[
+        str,
+        _option(
+            "--on",
+            metavar="WHERE",
+            text="local, or ssh://[user@]host[:port]: a device with Python 3.8 and the runtime; "
+            "a path behind it names the Python there.",
+        ),
+    ] = "local",
     json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
-    """Measure latency on this machine, in a process of its own."""
+    """Measure latency, here or on a device, in a process of its own; wrong outputs are a verdict of no."""
     from bar_edge import pipeline
 
     return pipeline.bench(
@@ -266,6 +281,7 @@ def bench(
         seconds=seconds,
         budget=budget,
         against=against,
+        on=on,
     )
 
 
