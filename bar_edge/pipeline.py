@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bar_edge.bench import bench_onnx, compare, meets, save_measurement, summary
+from bar_edge.bench import bench_onnx, compare, load_measurement, meets, runtimes_here, save_measurement, summary
 from bar_edge.config import RunConfig, read_toml, run_config
 from bar_edge.errors import EnvironmentLacks, InputError
 from bar_edge.export.artifact import ArtifactSpec, write_artifact
@@ -177,29 +177,47 @@ def bench(
     target: Path,
     *,
     runtime: str = "onnxruntime-cpu",
+    precision: str = "fp32",
     threads: int = 1,
     batch: int = 1,
     seconds: float = 3.0,
     budget: str | None = None,
     against: Path | None = None,
+    on: str = "local",
 ) -> dict[str, Any]:
-    """Measure an artifact or ONNX file here, alone or in turn with another; the verdict judges a budget in ms."""
+    """Measure an artifact or ONNX file, here or on a device, alone, in turn with another or against a measurement.
+
+    against: a file to measure in turn, or the JSON of an older measurement, which must be of the same device,
+    settings and versions. The verdict is no if the outputs are wrong or the median misses a budget in ms.
+    """
     limit = Budget.parse(budget) if budget else None
     if limit is not None and limit.metric != "ms":
         raise InputError("a budget in milliseconds, such as 8ms", got=limit.text, consequence="nothing was measured")
-    files = [target, against] if against else [target]
-    found = bench_onnx(files, runtime=runtime, threads=threads, batch=batch, seconds=seconds)
-    comparison = compare(*found) if against else None
+    older = load_measurement(against) if against is not None and against.suffix == ".json" else None
+    files = [target] if against is None or older else [target, against]
+    found = bench_onnx(
+        files,
+        runtime=runtime,
+        precision=precision,
+        threads=threads,
+        batch=batch,
+        seconds=seconds,
+        on=on,
+        expect=older.environment if older else None,
+    )
+    comparison = compare(found[0], older or found[1]) if against else None
     file = save_measurement(target, found[0], budget=limit, comparison=comparison)
     answer = summary(found[0], budget=limit, comparison=comparison)
     run = target.resolve().parent.parent
     if target.is_dir() and (run / "result.json").is_file():
-        entry = {key: answer[key] for key in ("name", "runtime", "threads", "batch")}
+        entry = {key: answer[key] for key in ("name", "on", "runtime", "precision", "threads", "batch")}
         entry |= {"p50_ms": answer["percentiles_ms"]["p50"], "n": answer["runs"], "file": f"{target.name}/{file.name}"}
         result = read_json(run / "result.json")
         result["latency"] = [old for old in result["latency"] if old["file"] != entry["file"]] + [entry]
         write_json(run / "result.json", result)
-    return {"verdict": meets(found[0], limit) if limit else None, **answer, "file": file.name}
+    right = found[0].parity is None or found[0].parity["within"]
+    verdict = (right and meets(found[0], limit)) if limit else (None if right else False)
+    return {"verdict": verdict, **answer, "file": file.name}
 
 
 def verify(artifact: Path) -> dict[str, Any]:
@@ -253,7 +271,7 @@ def doctor() -> dict[str, Any]:
         "cpu": platform.machine(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if cuda else "none that torch can use",
-        "runtimes": {"onnxruntime-cpu": "works"},
+        "runtimes": runtimes_here(),
         "extras": {
             name: "installed" if found[name] else f'missing: pip install "bar-edge[{extra}]"'
             for name, extra in extras.items()

@@ -1,6 +1,27 @@
 """Bench: measuring artifacts in a process of their own. Nothing here imports torch."""
 
-from bar_edge.bench.protocol import bench_onnx, save_measurement, summary
-from bar_edge.bench.statistics import Comparison, compare, drift, meets
+from bar_edge.bench.protocol import (
+    RUNTIMES,
+    Measurement,
+    bench_onnx,
+    load_measurement,
+    runtimes_here,
+    save_measurement,
+    summary,
+)
+from bar_edge.bench.statistics import Comparison, compare, drift, median_interval, meets
 
-__all__ = ["Comparison", "bench_onnx", "compare", "drift", "meets", "save_measurement", "summary"]
+__all__ = [
+    "RUNTIMES",
+    "Comparison",
+    "Measurement",
+    "bench_onnx",
+    "compare",
+    "drift",
+    "load_measurement",
+    "median_interval",
+    "meets",
+    "runtimes_here",
+    "save_measurement",
+    "summary",
+]

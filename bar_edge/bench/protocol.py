@@ -1,104 +1,170 @@
-"""One protocol for every latency: separate process, warm-up, raw samples, the environment with the number."""
+"""One protocol for every latency: separate process, outputs checked, warm-up, raw samples, the environment beside."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
-import sysconfig
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import bar_edge
-from bar_edge.bench.runtimes import RUNTIMES
-from bar_edge.bench.statistics import Comparison, drift, meets
+from bar_edge.bench import runner
+from bar_edge.bench.ssh import Device, Finished, Target
+from bar_edge.bench.statistics import Comparison, drift, median_interval, meets
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
-from bar_edge.records import Budget, Latency, write_json
+from bar_edge.records import Budget, Latency, read_json, write_json
 
+RUNTIMES = tuple(runner.RUNTIMES)
 _ERRORS = {"InputError": InputError, "EnvironmentLacks": EnvironmentLacks}
-_SOURCE_ROOT = Path(bar_edge.__path__[0]).resolve().parent
+_NOTHING = "nothing was measured"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement(Latency):
+    """Timed runs, and what else was seen while they ran."""
+
+    #: error against the outputs that the artifact carries, tolerance, within, n; None for a file without samples
+    parity: dict[str, Any] | None = None
+    #: whether the time per run had settled when the measuring began
+    warmup_stable: bool = True
+    #: peak memory of the process in MB, interference by others, the device before and after (see runner.py)
+    conditions: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def bench_onnx(
     files: list[Path],
     *,
     runtime: str = "onnxruntime-cpu",
+    precision: str = "fp32",
     threads: int = 1,
     batch: int = 1,
     seconds: float = 3.0,
     seed: int = 0,
+    on: str = "local",
+    expect: Mapping[str, Any] | None = None,
     timeout_s: float | None = None,
-) -> list[Latency]:
+) -> list[Measurement]:
     """Measure ONNX files (or artifact folders) on random inputs in a process of its own, one record per file.
 
-    Several files are measured in interleaved rounds, so that `compare` may set them against each other.
-    seconds: of measuring, per file. timeout_s: of everything; default two minutes and thrice the measuring.
-    Raises InputError for a bad file or an unknown runtime, EnvironmentLacks if the runtime is not installed,
-    BarEdgeError if the process dies or does not end.
+    An artifact's outputs on the samples that it carries are compared first (`parity`). Several files are measured
+    in interleaved rounds, so that `compare` may set them against each other.
+    precision: of the arithmetic where the file leaves it open. seconds: of measuring, per file. on: local, or
+    ssh://[user@]host[:port]. expect: environment of an older measurement that this one must resemble.
+    timeout_s: of everything; default two minutes and thrice the measuring. Raises InputError for a bad file or
+    option, EnvironmentLacks if the device, the runtime or the likeness is missing, or the process dies there.
     """
-    if runtime not in RUNTIMES:
-        known = ", ".join(RUNTIMES)
-        raise InputError(f"a runtime out of: {known}", got=runtime, consequence="nothing was measured")
-    if not files or threads < 1 or batch < 1 or not seconds > 0:
-        got = f"{len(files)} files, threads={threads}, batch={batch}, seconds={seconds:g}"
-        raise InputError("a file, and threads, batch and seconds above 0", got=got, consequence="nothing was measured")
+    _check(files, runtime, precision, threads, batch, seconds)
     models = [_model_file(path) for path in files]
     request = {
-        "files": [str(model.resolve()) for model in models],
         "runtime": runtime,
+        "precision": precision,
         "threads": threads,
         "batch": batch,
         "seconds": seconds,
         "seed": seed,
+        "expect": dict(expect) if expect is not None else None,
     }
-    answer = _ask(request, timeout_s or 120 + 3 * seconds * len(files))
+    described = [_describe(model) for model in models]
+    limit = timeout_s or 120 + 3 * seconds * len(files)
+    if on == "local":
+        finished = _run_here({**request, "files": described}, limit)
+    else:
+        finished = _run_there(Target.parse(on), request, described, limit)
+    answer = _answer(finished, "" if on == "local" else f" on {on}", limit)
     return [
-        Latency(
+        Measurement(
             name=_name(model),
-            samples_ms=tuple(samples),
-            warmup_runs=warmup_runs,
+            samples_ms=tuple(found.pop("samples_ms")),
             batch=batch,
-            environment={**answer["environment"], "model_sha256": hashlib.sha256(model.read_bytes()).hexdigest()},
+            environment={
+                "on": on.partition(":")[0],  # not the host's name: it stays here
+                **answer["environment"],
+                "model_sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
+            },
+            conditions=answer["conditions"],
+            **found,
         )
-        for model, samples, warmup_runs in zip(models, answer["samples_ms"], answer["warmup_runs"], strict=True)
+        for model, found in zip(models, answer["models"], strict=True)
     ]
 
 
-def summary(latency: Latency, *, budget: Budget | None = None, comparison: Comparison | None = None) -> dict[str, Any]:
+def summary(
+    latency: Measurement, *, budget: Budget | None = None, comparison: Comparison | None = None
+) -> dict[str, Any]:
     """Return a measurement as JSON data (schema 1) without the raw samples.
 
-    A percentile that the samples cannot carry is null; `within` is the verdict against a budget in ms.
+    A percentile that the samples cannot carry is null, and so is their median's 95 % confidence interval for
+    fewer than six runs; `within` is the verdict against a budget in ms.
     """
+    interval = median_interval(latency)
     return {
         "schema": 1,
         "name": latency.name,
-        "runtime": latency.environment["runtime"],
-        "threads": latency.environment["threads"],
+        **{key: latency.environment[key] for key in ("on", "runtime", "precision", "threads")},
         "batch": latency.batch,
         "runs": len(latency.samples_ms),
         "warmup_runs": latency.warmup_runs,
         "percentiles_ms": {f"p{p}": latency.percentile_ms(p) for p in (50, 90, 99)},
+        "median_interval_ms": dataclasses.asdict(interval) if interval else None,
         "min_ms": min(latency.samples_ms),
+        "throughput_per_s": 1e3 * latency.batch * len(latency.samples_ms) / sum(latency.samples_ms),
         "drift": drift(latency),
         "budget": {"text": budget.text, "limit_ms": budget.absolute, "within": meets(latency, budget)}
         if budget
         else None,
         "comparison": dataclasses.asdict(comparison) if comparison else None,
+        "parity": latency.parity,
         "environment": latency.environment,
+        "conditions": latency.conditions,
+        "warnings": warnings(latency),
     }
 
 
+def warnings(latency: Measurement) -> list[str]:
+    """Name what speaks against a measurement: wrong outputs, neighbours, drift, throttling, too few runs."""
+    others, found = latency.conditions.get("interference", {}), []
+    before, after = (latency.conditions.get(when, {}) for when in ("before", "after"))
+    if latency.parity is not None and not latency.parity["within"]:
+        error, tolerance = latency.parity["error"], latency.parity["tolerance"]
+        wrong = "not finite, or of another shape" if error is None else f"off by {error:.1e}, at most {tolerance:g}"
+        found.append(f"the outputs are wrong ({wrong}): whatever the latency, this file does not do the work")
+    waited, busy, stolen = (others.get(key) or 0 for key in ("waited_for_core", "cores_busy_elsewhere", "cores_stolen"))
+    if waited > 0.02 or busy > 0.2 or stolen > 0.02:
+        found.append(
+            f"disturbed: other processes kept {busy:.2f} cores busy, the hypervisor took {stolen:.2f}, this process "
+            f"waited for a core {100 * waited:.0f} % of the time: measure again when the device is quiet"
+        )
+    if not latency.warmup_stable:
+        found.append("the time per run had not settled when the measuring began")
+    if abs(drift(latency)) > 0.03:
+        found.append(f"the second half of the runs took {100 * drift(latency):+.1f} % more time than the first half")
+    if (before.get("cpu_mhz") or 0) > 1.05 * (after.get("cpu_mhz") or float("inf")):
+        found.append(f"the clock fell from {before['cpu_mhz']} to {after['cpu_mhz']} MHz")
+    if (after.get("throttle_count") or 0) > (before.get("throttle_count") or 0):
+        found.append("the processor was throttled for its temperature")
+    interval = median_interval(latency)
+    if interval is None or interval.high_ms - interval.low_ms > 0.05 * (latency.percentile_ms(50) or 0):
+        found.append("the median is known to no better than 5 %: measure longer")
+    return found
+
+
 def save_measurement(
-    beside: Path, latency: Latency, *, budget: Budget | None = None, comparison: Comparison | None = None
+    beside: Path, latency: Measurement, *, budget: Budget | None = None, comparison: Comparison | None = None
 ) -> Path:
     """Write summary and raw samples beside a model file (or into an artifact folder) and return the path."""
-    folder = _model_file(beside).parent
     environment = latency.environment
-    path = folder / f"bench-{environment['runtime']}-t{environment['threads']}-b{latency.batch}.json"
+    words = ["bench", environment["runtime"]]
+    words += [] if environment["precision"] == "fp32" else [environment["precision"]]
+    words += [f"t{environment['threads']}", f"b{latency.batch}"]
+    words += [] if environment["on"] == "local" else [_slug(str(environment["cpu"] or environment["machine"]))]
+    path = _model_file(beside).parent / f"{'-'.join(map(str, words))}.json"
     data = {**summary(latency, budget=budget, comparison=comparison), "samples_ms": list(latency.samples_ms)}
     try:
         write_json(path, data)
@@ -109,10 +175,60 @@ def save_measurement(
     return path
 
 
+def load_measurement(path: Path) -> Latency:
+    """Read what `save_measurement` wrote; raises InputError for anything else."""
+    data = read_json(path)
+    try:
+        if data["schema"] != 1:
+            raise ValueError(f"schema {data['schema']}")
+        return Latency(
+            name=str(data["name"]),
+            samples_ms=tuple(float(ms) for ms in data["samples_ms"]),
+            warmup_runs=int(data["warmup_runs"]),
+            batch=int(data["batch"]),
+            environment=dict(data["environment"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            "a measurement that `bar-edge bench` wrote", got=f"{path.name}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def runtimes_here() -> dict[str, str]:
+    """Tell for each runtime whether it runs a tiny network here, each in a process of its own, or why not."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "tiny.onnx"
+        model.write_bytes(_tiny_model())
+        for runtime in RUNTIMES:
+            try:
+                (measured,) = bench_onnx([model], runtime=runtime, seconds=0.01)
+                found[runtime] = f"works, version {measured.environment['runtime_version']}"
+            except BarEdgeError as error:
+                found[runtime] = f"needs {error.required}; got: {error.got}" + (
+                    f"; remedy: {error.remedy}" if error.remedy else ""
+                )
+    return found
+
+
+# ------------------------------------------------------------------------------------------ inside
+
+
+def _check(files: list[Path], runtime: str, precision: str, threads: int, batch: int, seconds: float) -> None:
+    if runtime not in RUNTIMES:
+        raise InputError(f"a runtime out of: {', '.join(RUNTIMES)}", got=runtime, consequence=_NOTHING)
+    if precision not in runner.PRECISIONS[runtime]:
+        known = ", ".join(runner.PRECISIONS[runtime])
+        raise InputError(f"for {runtime} a precision out of: {known}", got=precision, consequence=_NOTHING)
+    if not files or threads < 1 or batch < 1 or not seconds > 0:
+        got = f"{len(files)} files, threads={threads}, batch={batch}, seconds={seconds:g}"
+        raise InputError("a file, and threads, batch and seconds above 0", got=got, consequence=_NOTHING)
+
+
 def _model_file(path: Path) -> Path:
     model = path / "model.onnx" if path.is_dir() else path
     if not model.is_file():
-        raise InputError("an ONNX file or an artifact folder", got=path.name, consequence="nothing was measured")
+        raise InputError("an ONNX file or an artifact folder", got=path.name, consequence=_NOTHING)
     return model
 
 
@@ -121,35 +237,84 @@ def _name(model: Path) -> str:
     return model.resolve().parent.name if model.name == "model.onnx" else model.name
 
 
-def _ask(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-    # the worker must find this very package; site-packages it finds itself, and there it may not precede the
-    # standard library, as everything in PYTHONPATH does
-    own = [] if str(_SOURCE_ROOT) == sysconfig.get_path("purelib") else [str(_SOURCE_ROOT)]
-    search = [*own, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search)}
-    command = [sys.executable, "-P", "-m", "bar_edge.bench.worker"]
+def _describe(model: Path) -> dict[str, Any]:
+    """Say to the runner where a model is, and what it must compute if an artifact's samples lie beside it."""
+    described: dict[str, Any] = {"name": model.name, "path": str(model.resolve())}
+    samples, manifest = model.with_name("samples.safetensors"), model.with_name("manifest.json")
+    if model.name != "model.onnx" or not manifest.is_file():
+        return described
+    data = read_json(manifest)
     try:
-        done = subprocess.run(
-            command, input=json.dumps(request), capture_output=True, text=True, timeout=timeout_s, env=environment
-        )
+        described["tolerance"] = float(data["parity"]["tolerance"])
+        for side in ("inputs", "outputs"):
+            described[side] = [str(value["name"]) for value in data[side]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            "a manifest of schema 1", got=f"{type(error).__name__}: {error}", consequence=_NOTHING
+        ) from error
+    return {**described, "samples": str(samples.resolve())}
+
+
+def _run_here(request: dict[str, Any], timeout_s: float) -> Finished:
+    # -P: the runner's folder holds modules of ours, which may not precede the standard library
+    command = [sys.executable, "-P", runner.__file__]
+    try:
+        done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired as error:
-        raise _died(f"no answer within {timeout_s:g} s", "measure fewer seconds, or a smaller batch") from error
-    if done.returncode < 0:
-        raise _died(
-            f"it was killed by {signal.Signals(-done.returncode).name}", "try another runtime, or a smaller batch"
-        )
-    try:
-        answer: dict[str, Any] = json.loads(done.stdout)
-    except ValueError as error:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise _died(f"exit status {done.returncode}: {last[:300]}", "run it again with --debug") from error
-    if "error" in answer:
+        stderr = error.stderr or b""
+        said = stderr.decode("utf-8", "replace") if isinstance(stderr, bytes) else stderr
+        return Finished(returncode=-signal.SIGKILL, stdout="", stderr=said, timed_out=True)
+    return Finished(returncode=done.returncode, stdout=done.stdout, stderr=done.stderr)
+
+
+def _run_there(target: Target, request: dict[str, Any], described: list[dict[str, Any]], timeout_s: float) -> Finished:
+    files: dict[str, Path | bytes] = {"runner.py": Path(runner.__file__)}
+    there = []
+    for i, file in enumerate(described):
+        moved = dict(file)
+        for key, suffix in (("path", "onnx"), ("samples", "safetensors")):
+            if key in file:
+                moved[key] = f"{i}.{suffix}"
+                files[moved[key]] = Path(file[key])
+        there.append(moved)
+    files["request.json"] = json.dumps({**request, "files": there}).encode()
+    with Device(target) as device:
+        device.send(files)
+        return device.run(["python", "runner.py"], stdin="request.json", timeout_s=timeout_s)
+
+
+def _answer(finished: Finished, where: str, timeout_s: float) -> dict[str, Any]:
+    lines = finished.stderr.splitlines()
+    doing = [line.removeprefix(runner.DOING) for line in lines if line.startswith(runner.DOING)]
+    at = (f" while {doing[-1]}" if doing else "") + where
+    if finished.timed_out:
+        raise _died(f"no answer within {timeout_s:g} s{at}", "measure fewer seconds, or a smaller batch")
+    if finished.returncode < 0:
+        killer = signal.Signals(-finished.returncode).name
+        raise _died(f"killed by {killer}{at}", "try another runtime or lowering, or a smaller batch")
+    with contextlib.suppress(ValueError):
+        answer: dict[str, Any] = json.loads(finished.stdout)
+        if "error" not in answer:
+            return answer
         fields = answer["error"]
-        raise _ERRORS.get(fields.pop("kind"), BarEdgeError)(fields.pop("required"), **fields)
-    return answer
+        raise _ERRORS[fields.pop("kind")](fields.pop("required"), **fields)
+    last = [line for line in lines if line.strip() and not line.startswith(runner.DOING)] or ["no output"]
+    raise _died(f"exit status {finished.returncode}{at}: {last[-1][:300]}", "run it again with --debug")
 
 
-def _died(got: str, remedy: str) -> BarEdgeError:
-    return BarEdgeError(
-        "a measuring process that ends well", got=got, consequence="nothing was measured", remedy=remedy
-    )
+def _died(got: str, remedy: str) -> EnvironmentLacks:
+    return EnvironmentLacks("a measuring process that ends well", got=got, consequence=_NOTHING, remedy=remedy)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _tiny_model() -> bytes:
+    from onnx import TensorProto, helper
+
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ("batch", 4)) for name in ("input", "output")]
+    graph = helper.make_graph([helper.make_node("Relu", ["input"], ["output"])], "tiny", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    data: bytes = model.SerializeToString()
+    return data

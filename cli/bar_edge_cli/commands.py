@@ -103,7 +103,10 @@ Lowering = Annotated[
 WithPreprocessing = Annotated[
     bool, _option("--with-preprocessing", text="Put the normalisation into the graph, which then takes uint8.")
 ]
-Runtime = Annotated[str, _option("--runtime", metavar="NAME", text="What runs the file: onnxruntime-cpu.")]
+Runtime = Annotated[
+    str,
+    _option("--runtime", metavar="NAME", text="What runs the file: onnxruntime-cpu, onnxruntime-cuda or openvino-cpu."),
+]
 Threads = Annotated[int, _option("--threads", metavar="N", text="Threads of the runtime.")]
 Seconds = Annotated[float, _option("--seconds", metavar="S", text="How long to measure.")]
 Json = Annotated[bool, _option("--json", text="Write exactly one JSON object to stdout, all else to stderr.")]
@@ -238,21 +241,47 @@ def export(
 def bench(
     target: Annotated[Path, typer.Argument(metavar="ARTIFACT|FILE.onnx", help="What export wrote, or an ONNX file.")],
     runtime: Runtime = "onnxruntime-cpu",
+    precision: Annotated[
+        str, _option("--precision", metavar="NAME", text="What the runtime computes in: fp32; openvino-cpu also bf16.")
+    ] = "fp32",
     threads: Threads = 1,
     batch: Annotated[int, _option("--batch", metavar="N", text="Inputs per inference.")] = 1,
     seconds: Seconds = 3.0,
     budget: Annotated[str | None, _option("--budget", metavar="MS", text="Judge the median by this, e.g. 8ms.")] = None,
     against: Annotated[
-        Path | None, _option("--against", metavar="OTHER", text="Measure this in turn with it, and give the ratio.")
+        Path | None,
+        _option(
+            "--against",
+            metavar="OTHER",
+            text="Give the ratio to another artifact or ONNX file, measured in turn with it, "
+            "or to an older measurement (its bench-*.json).",
+        ),
     ] = None,
+    on: Annotated[
+        str,
+        _option(
+            "--on",
+            metavar="WHERE",
+            text="local, or ssh://[user@]host[:port]: a device with Python 3.8 and the runtime; "
+            "a path behind it names the Python there.",
+        ),
+    ] = "local",
     json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
-    """Measure latency on this machine, in a process of its own."""
+    """Measure latency, here or on a device, in a process of its own; wrong outputs are a verdict of no."""
     from bar_edge import pipeline
 
     return pipeline.bench(
-        target, runtime=runtime, threads=threads, batch=batch, seconds=seconds, budget=budget, against=against
+        target,
+        runtime=runtime,
+        precision=precision,
+        threads=threads,
+        batch=batch,
+        seconds=seconds,
+        budget=budget,
+        against=against,
+        on=on,
     )
 
 
