@@ -44,6 +44,8 @@ class World:
     #: operators that run on DLA
     dla_operators: frozenset[str] = frozenset({"Conv", "Relu", "Add"})
     broken_driver: bool = False
+    #: added to every output: an engine that computes something else
+    wrong_by: float = 0.0
     #: notes for the tests
     config: Any = None
     caches: list[bytes] = dataclasses.field(default_factory=list)
@@ -368,7 +370,7 @@ def make_tensorrt(world: World, driver: FakeDriver) -> types.ModuleType:
                 dtype = np.uint8 if "uint8" in value.type else np.float32
                 feed[value.name] = driver.read(addresses[value.name], self._shapes[value.name], dtype)
             for value, result in zip(session.get_outputs(), session.run(None, feed), strict=True):
-                driver.write(addresses[value.name], result)
+                driver.write(addresses[value.name], result + np.float32(world.wrong_by))
 
     @guard
     class ICudaEngine:
