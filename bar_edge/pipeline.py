@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from bar_edge.bench import bench_onnx, compare, load_measurement, meets, runtimes_here, save_measurement, summary
+from bar_edge.choice import choose_lowering
 from bar_edge.config import RunConfig, read_toml, run_config
 from bar_edge.errors import EnvironmentLacks, InputError
 from bar_edge.export.artifact import ArtifactSpec, write_artifact
-from bar_edge.export.lowering import LOWERINGS, lower
+from bar_edge.export.lowering import lower
 from bar_edge.export.onnx import Preprocessing, parity_onnx
 from bar_edge.export.torch_source import write_torch_source
 from bar_edge.export.verify import verify_artifact
@@ -31,8 +32,7 @@ from bar_edge.specs import build_module, read_data, read_network, sample_images,
 from bar_edge.surgery import slice_network
 from bar_edge.training import NoProgress, Progress
 
-#: what `--lowering auto` means where nothing was measured
-DEFAULT_LOWERING = {"onnx": "slices"}
+TARGETS = ("onnx", "torch")
 SAMPLES = 8
 
 
@@ -115,17 +115,22 @@ def export_run(
     target: str = "onnx",
     precision: str = "fp32",
     lowering: str = "auto",
+    runtime: str = "onnxruntime-cpu",
+    threads: int = 1,
+    choice_seconds: float = 60.0,
     with_preprocessing: bool = False,
     data: str | None = None,
     out: Path | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Export a RUN's network as an artifact folder, compare it with torch on real images, and note both.
 
-    The verdict is no if the file computes something else; an earlier artifact then stays.
+    runtime, threads, choice_seconds: with which `auto` measures, and how long. The verdict is no if the file
+    computes something else (an earlier artifact then stays), or if `auto` finds the dense network faster.
     """
-    if target not in (*DEFAULT_LOWERING, "torch") or precision != "fp32":
+    if target not in TARGETS or precision != "fp32":
         raise EnvironmentLacks(
-            f"a target out of: {', '.join(DEFAULT_LOWERING)}, torch, in fp32",
+            f"a target out of: {', '.join(TARGETS)}, in fp32",
             got=f"{target}, {precision}",
             consequence="nothing was written",
         )
@@ -135,37 +140,49 @@ def export_run(
         folder = out or run / "artifacts" / "torch-fp32"
         source = write_torch_source(network, folder)
         return {"verdict": True, "artifact": str(folder), "file": source.name}
-    form = DEFAULT_LOWERING[target] if lowering == "auto" else lowering
-    if form not in LOWERINGS:
-        raise InputError(f"a lowering: auto, {', '.join(LOWERINGS)}", got=repr(lowering), remedy="choose one of these")
+    preprocessing = Preprocessing(mean=tuple(result["input"]["mean"]), std=tuple(result["input"]["std"]))
+    inside = preprocessing if with_preprocessing else None
+    choice = None
+    if lowering == "auto":
+        choice = choose_lowering(
+            network,
+            Network.load(run / "dense"),
+            runtime=runtime,
+            threads=threads,
+            seconds=choice_seconds,
+            preprocessing=inside,
+            progress=progress,
+        )
+        lowering = choice.lowering
     spec = ArtifactSpec(
-        preprocessing=Preprocessing(mean=tuple(result["input"]["mean"]), std=tuple(result["input"]["std"])),
+        preprocessing=preprocessing,
         with_preprocessing=with_preprocessing,
         classes=tuple(result["input"]["classes"]),
         budget=config.budget,
         plan=ChannelPlan.from_json(read_json(run / "plan.json")),
-        lowering=form,
+        lowering=lowering,
+        choice=dataclasses.asdict(choice) if choice else None,
     )
     images = sample_images(read_data(dataclasses.replace(config, data=data or config.data)))
     if with_preprocessing:
         mean, std = (torch.tensor(result["input"][key])[:, None, None] for key in ("mean", "std"))
         images = ((images * std + mean) * 255).round().to(torch.uint8)
     folder = out or run / "artifacts" / f"{target}-{precision}"
-    lowered = lower(network, form)
+    lowered = lower(network, lowering)
     manifest = write_artifact(lowered, folder, samples=images[:SAMPLES], spec=spec, reference=network)
     within = bool(manifest["parity"]["within"])
     parity = manifest["parity"]["error"]
     if within:
-        inside = spec.preprocessing if with_preprocessing else None
         parity = parity_onnx(network, folder / "model.onnx", images, preprocessing=inside)
         within = parity <= manifest["parity"]["tolerance"]
     result["parity"]["sliced_vs_onnx"] = parity
     write_json(run / "result.json", result)
     executed = count_executed(lowered)
     return {
-        "verdict": within,
+        "verdict": within and (choice is None or choice.faster),
         "artifact": str(folder),
-        "lowering": form,
+        "lowering": lowering,
+        "choice": manifest["choice"],
         "parity": {"sliced_vs_onnx": parity, "images": len(images)},
         "volume_executed": executed.volume,
         "flops_executed": executed.flops,
@@ -244,10 +261,17 @@ def deploy(
     """Prune, export and bench; the verdict is yes if each of them says yes."""
     pruned = prune(config, out, resume=resume, progress=progress)
     exported = export_run(
-        out, target=target, precision=precision, lowering=lowering, with_preprocessing=with_preprocessing
+        out,
+        target=target,
+        precision=precision,
+        lowering=lowering,
+        runtime=runtime,
+        threads=threads,
+        with_preprocessing=with_preprocessing,
+        progress=progress,
     )
     measured: dict[str, Any] = {"verdict": None}
-    if exported["verdict"]:
+    if exported["bytes"]:
         artifact = Path(exported["artifact"])
         measured = bench(artifact, runtime=runtime, threads=threads, seconds=seconds, budget=latency_budget)
     report = write_report(out)

@@ -36,8 +36,9 @@ class ArtifactSpec:
     #: the budget in the user's words, such as 16x
     budget: str | None = None
     plan: ChannelPlan | None = None
-    #: form in which mixed additions run
-    lowering: str = "auto"
+    #: form in which mixed additions run, and what was measured to choose it
+    lowering: str = "slices"
+    choice: dict[str, Any] | None = None
     target: str = "onnx"
     precision: str = "fp32"
 
@@ -167,6 +168,7 @@ def _manifest(
         "target": spec.target,
         "precision": spec.precision,
         "lowering": spec.lowering,
+        "choice": spec.choice,
         "files": {name: {"sha256": file_hash(folder / name)} for name in (MODEL, SAMPLES)},
         **interface,
         "normalisation": normalisation,

@@ -127,8 +127,8 @@ def stream_placements(network: Network, found: Passages, stream: Stream, form: F
         return {}
     places = {}
     for node, slots in _slots(found, stream, form).items():
-        place = {slot: i for i, slot in enumerate(slots)}
-        places[node] = Placement(len(slots), tuple(place[c] for c in stream.channels[node]), tuple(slots))
+        index = {slot: i for i, slot in enumerate(slots)}
+        places[node] = Placement(len(slots), tuple(index[c] for c in stream.channels[node]), tuple(slots))
     stays: set[fx.Node] = set()
     for node, place in places.items():
         sources = {link.source for link in found[node].links}

@@ -98,7 +98,16 @@ Target = Annotated[
 ]
 Precision = Annotated[str, _option("--precision", metavar="NAME", text="Numbers in the file: fp32.")]
 Lowering = Annotated[
-    str, _option("--lowering", metavar="NAME", text="How additions run: auto, paper, slices, zero-filled or regular.")
+    str,
+    _option(
+        "--lowering",
+        metavar="NAME",
+        text="How additions run: auto (measured here), paper, or slices, pad, gather, scatter, blocks, zero-filled, "
+        "regular, with widths rounded up as in slices:4; one for all residual streams or one each, with commas.",
+    ),
+]
+ChoiceSeconds = Annotated[
+    float, _option("--choice-seconds", metavar="S", text="How long --lowering auto may measure.")
 ]
 WithPreprocessing = Annotated[
     bool, _option("--with-preprocessing", text="Put the normalisation into the graph, which then takes uint8.")
@@ -215,6 +224,9 @@ def export(
     target: Target = "onnx",
     precision: Precision = "fp32",
     lowering: Lowering = "auto",
+    runtime: Runtime = "onnxruntime-cpu",
+    threads: Threads = 1,
+    choice_seconds: ChoiceSeconds = 60.0,
     with_preprocessing: WithPreprocessing = False,
     data: Data = None,
     out: Annotated[
@@ -223,18 +235,24 @@ def export(
     json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
-    """Write a run's network as a file for a runtime, and check that it computes the same."""
+    """Write a run's network as a file for a runtime, and check that it computes the same and is faster."""
     from bar_edge import pipeline
+    from bar_edge_cli.progress import Terminal
 
-    return pipeline.export_run(
-        run,
-        target=target,
-        precision=precision,
-        lowering=lowering,
-        with_preprocessing=with_preprocessing,
-        data=data,
-        out=out,
-    )
+    with Terminal() as progress:
+        return pipeline.export_run(
+            run,
+            target=target,
+            precision=precision,
+            lowering=lowering,
+            runtime=runtime,
+            threads=threads,
+            choice_seconds=choice_seconds,
+            with_preprocessing=with_preprocessing,
+            data=data,
+            out=out,
+            progress=progress,
+        )
 
 
 @app.command()
