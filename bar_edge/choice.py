@@ -143,4 +143,4 @@ class _Trial:
 
 def _left(start: float, seconds: float) -> float:
     """Return which share of the time is left."""
-    return 1 - (time.monotonic() - start) / seconds
+    return 1 - (time.monotonic() - start) / seconds if seconds > 0 else 0.0

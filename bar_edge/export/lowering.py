@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -191,7 +192,7 @@ class _Lowerer:
         elif kind == "gather":
             x = self.graph.call_function(aten.add.Tensor, (x, self._gathered(b, node, module)))
         else:
-            x = self.graph.call_function(aten.index_add.default, (x, 1, self._index(module.positions_b), b))
+            x = self._added(aten.index_add.default, x, b, module.positions_b, module.width)
         self.made[node] = x
 
     def _paper(self, node: fx.Node, module: MixedAdd) -> None:
@@ -199,14 +200,20 @@ class _Lowerer:
         rank = len(self.network.shapes[node.name])
         if node not in self.places:  # a stream that stays at its own width: scattered here alone
             first = self._scattered(self._live(a), rank, 1, module.width, module.positions_a)
-            index = self._index(module.positions_b)
-            self.made[node] = self.graph.call_function(scatter_add, (first, index, self._live(b)))
+            self.made[node] = self._added(scatter_add, first, self._live(b), module.positions_b, module.width)
             return
         if a not in self.whole:
             place = self.places[a]
             self.whole[a] = self._scattered(self.made[a], rank, 1, place.width, place.positions)
-        index = self._index(self.places[b].positions)
-        self.whole[node] = self.graph.call_function(scatter_add, (self.whole[a], index, self._live(b)))
+        place = self.places[b]
+        self.whole[node] = self._added(scatter_add, self.whole[a], self._live(b), place.positions, place.width)
+
+    def _added(self, how: Any, x: fx.Node, b: fx.Node, positions: tuple[int, ...], width: int) -> fx.Node:
+        """Add b to channels of x; plainly to all of them, for which torch's exporter (2.13) writes an assignment."""
+        if positions == tuple(range(width)):
+            return self.graph.call_function(aten.add.Tensor, (x, b))
+        index = self._index(positions)
+        return self.graph.call_function(how, (x, index, b) if how is scatter_add else (x, 1, index, b))
 
     def _padded(self, x: fx.Node, node: fx.Node, before: int, after: int) -> fx.Node:
         """Append zero channels on both sides, in a tensor of the rank of `node`."""
