@@ -15,11 +15,14 @@ from bar_edge.export.onnx import Preprocessing, export_onnx
 from bar_edge.network import Network
 from bar_edge.training import NoProgress, Progress
 
-#: runtime -> forms worth a try, the most promising first (docs/mixed_connectivity.md)
+#: (runtime, precision) -> forms worth a try, the most promising first (docs/mixed_connectivity.md)
 CANDIDATES = {
-    "onnxruntime-cpu": ("gather:4", "slices:4", "blocks:16", "regular:16", "slices", "regular"),
-    "openvino-cpu": ("slices", "gather:4", "blocks:32", "regular:16", "slices:4", "regular"),
+    ("onnxruntime-cpu", "fp32"): ("gather:4", "slices:4", "blocks:16", "regular:16", "slices", "regular"),
+    ("openvino-cpu", "fp32"): ("slices", "gather:4", "blocks:32", "regular:16", "slices:4", "regular"),
+    ("openvino-cpu", "bf16"): ("slices:16", "blocks:32", "regular:16", "zero-filled:16", "slices", "regular"),
 }
+#: for a runtime that is not among them
+ELSEWHERE = ("gather:4", "slices", "zero-filled:16", "regular:16", "regular")
 REGULAR = "regular"
 #: how long each file is measured, in seconds: to choose, and to judge the choice
 CHOOSE_S, JUDGE_S = 0.5, 1.5
@@ -62,7 +65,8 @@ def choose_lowering(
     """
     progress, start = progress or NoProgress(), time.monotonic()
     streams = count_streams(network)
-    candidates = [c for c in CANDIDATES[runtime] if streams or c.startswith("slices")]
+    known: tuple[str, ...] = CANDIDATES.get((runtime, precision), ELSEWHERE)
+    candidates = [c for c in known if streams or c.startswith("slices")]
     with tempfile.TemporaryDirectory() as folder:
         trial = _Trial(network, Path(folder), runtime, precision, threads, preprocessing)
         progress.phase("lowering", 1, len(candidates) + streams)

@@ -4,7 +4,8 @@ Per cell (network, factor of the volume, seed of the mask; or a learned plan) an
 threads: "ours" is chosen among the candidates of `--lowering auto` in one measurement and judged in another,
 in turn with the regular form, the literal one (paper) and first-write order with ScatterND, then with the
 dense network. The masks are those of benchmarks/masks.py. Resumable: what results/mixed_connectivity.json
-holds is not measured again. Run: python benchmarks/mixed_connectivity.py [--cells wrn-28-12] [--table] [--profile]
+holds is not measured again. Run: python benchmarks/mixed_connectivity.py
+[--cells wrn-28-12] [--table|--profile|--bf16|--modules]
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from bar_edge.bench.statistics import median_ms
 from bar_edge.choice import CANDIDATES
 from bar_edge.export.lowering import lower
 from bar_edge.export.onnx import export_onnx
+from bar_edge.export.widen import regular_form
 from bar_edge.models import build
 from bar_edge.network import Network, count, trace
 from bar_edge.network.cost import count_executed
@@ -72,7 +75,11 @@ def networks(model: str, factor: int, seed: int) -> tuple[Network, Network]:
 def measure(folder: Path, model: str, factor: int, seed: int) -> dict[str, Any]:
     """Measure one cell on every runtime; two threads only for the first three seeds."""
     dense, sliced = networks(model, factor, seed)
-    forms = list(dict.fromkeys([*OTHERS, *(c for names in CANDIDATES.values() for c in names)]))
+    forms = list(
+        dict.fromkeys(
+            [*OTHERS, *(c for (_, precision), names in CANDIDATES.items() for c in names if precision == "fp32")]
+        )
+    )
     files = {form: folder / f"{form.replace(':', '_')}.onnx" for form in forms}
     executed = {}
     for form, file in files.items():
@@ -83,7 +90,9 @@ def measure(folder: Path, model: str, factor: int, seed: int) -> dict[str, Any]:
     if not files["dense"].is_file():
         export_onnx(dense, dense.input_shapes, files["dense"])
     found = {}
-    for runtime, candidates in CANDIDATES.items():
+    for (runtime, precision), candidates in CANDIDATES.items():
+        if precision != "fp32":
+            continue
         for threads in (1, 2) if seed < 3 else (1,):
             options: dict[str, Any] = {"runtime": runtime, "threads": threads, "seed": seed}
             tried = bench_onnx([files[c] for c in candidates], seconds=CHOOSE_S, **options)
@@ -148,8 +157,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(CANDIDATES), figsize=(11, 4), sharey=True)
-    for axis, runtime in zip(axes, CANDIDATES, strict=True):
+    runtimes = [runtime for runtime, precision in CANDIDATES if precision == "fp32"]
+    figure, axes = plt.subplots(1, len(runtimes), figsize=(11, 4), sharey=True)
+    for axis, runtime in zip(axes, runtimes, strict=True):
         groups: dict[str, list[float]] = collections.defaultdict(list)
         for name, cell in results["cells"].items():
             found = cell["runtimes"].get(f"{runtime} 1")
@@ -220,16 +230,70 @@ def profile() -> str:
     return "\n".join(lines)
 
 
+def low_precision(seeds: range = range(3)) -> str:
+    """Return OpenVINO in bf16 on wrn-28-12 at 4x and 16x, chosen and judged apart, as Markdown."""
+    lines = ["| factor | seed | ours | ours ms | x regular (95 %) | x dense |", "|---|---|---|---|---|---|"]
+    options: dict[str, Any] = {"runtime": "openvino-cpu", "precision": "bf16"}
+    candidates = (*CANDIDATES["openvino-cpu", "bf16"], "blocks:32,regular:16,regular:16")
+    with tempfile.TemporaryDirectory() as folder:
+        for factor in (4, 16):
+            for seed in seeds:
+                dense, sliced = networks("wrn-28-12", factor, seed)
+                files = {c: Path(folder) / f"{c.replace(':', '_')}.onnx" for c in (*candidates, "dense")}
+                for form, file in files.items():
+                    export_onnx(dense if form == "dense" else lower(sliced, form), dense.input_shapes, file)
+                tried = bench_onnx([files[c] for c in candidates], seconds=CHOOSE_S, **options)
+                ours = min(zip(candidates, map(median_ms, tried), strict=True), key=lambda pair: pair[1])[0]
+                a, b = bench_onnx([files[ours], files["regular"]], seconds=JUDGE_S, **options)
+                c, d = bench_onnx([files[ours], files["dense"]], seconds=JUDGE_S, **options)
+                ratio = compare(a, b)
+                lines.append(
+                    f"| {factor}x | {seed} | {ours} | {median_ms(a):.3f} | {ratio.speedup:.2f} "
+                    f"({ratio.low:.2f}, {ratio.high:.2f}) | {compare(c, d).speedup:.1f} |"
+                )
+    return "\n".join(lines)
+
+
+def modules() -> str:
+    """Return the plain nn.Modules in torch, eager and compiled, batch 1, one thread, as Markdown."""
+    torch.set_num_threads(1)
+    image = torch.randn(1, 3, 32, 32)
+    lines = [
+        "| wrn-28-12 | regular, eager ms | sliced, eager ms | ratio | compiled ms | compiled ms | ratio |",
+        "|---" * 7 + "|",
+    ]
+    for factor in (4, 8, 16):
+        _, sliced = networks("wrn-28-12", factor, 0)
+        pair = [regular_form(sliced).eval(), sliced.eval()]
+        cells = []
+        for forms in (pair, [torch.compile(module) for module in pair]):
+            samples: list[list[float]] = [[], []]
+            with torch.no_grad():
+                for step in range(110):
+                    for form, found in zip(forms, samples, strict=True):
+                        start = time.perf_counter()
+                        form(image)
+                        if step >= 10:
+                            found.append(1e3 * (time.perf_counter() - start))
+            regular, ours = (float(np.median(found)) for found in samples)
+            cells += [f"{regular:.2f}", f"{ours:.2f}", f"{regular / ours:.2f}"]
+        lines.append(f"| {factor}x | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure what is missing, write JSON and plot, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", default="", help="only cells whose name contains this")
     parser.add_argument("--table", action="store_true", help="only print the table and the plot")
     parser.add_argument("--profile", action="store_true", help="only print where the time goes")
+    parser.add_argument("--bf16", action="store_true", help="only measure OpenVINO in bf16")
+    parser.add_argument("--modules", action="store_true", help="only measure the nn.Modules in torch")
     options = parser.parse_args()
-    if options.profile:
-        print(profile())
-        return
+    for wanted, show in ((options.profile, profile), (options.bf16, low_precision), (options.modules, modules)):
+        if wanted:
+            print(show())
+            return
     results = read_json(RESULTS) if RESULTS.is_file() else {"cells": {}, "versions": versions()}
     with tempfile.TemporaryDirectory() as folder:
         for name, *cell in cells():
