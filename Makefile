@@ -1,5 +1,6 @@
 # make demo   prunes resnet20 to an eighth on images of handwritten digits, exports it, measures it, writes the page
 # make test   lint, types, tests
+# make bench-gpu   mixed against regular against dense on an NVIDIA GPU; says so where there is none
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
@@ -7,7 +8,7 @@ ARTIFACT := $(RUN)/artifacts/onnx-fp32
 # workers of pytest; 0 runs everything in one process
 JOBS ?= 2
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types bench-gpu clean
 
 demo: .venv/installed
 	rm -rf $(RUN)
@@ -26,6 +27,9 @@ lint: .venv/tested
 
 types: .venv/tested
 	$(BIN)/mypy
+
+bench-gpu: .venv/installed
+	$(BIN)/python -m benchmarks.gpu
 
 # The stamps keep a second `make` from installing again until the metadata or the pins change.
 .venv/installed: pyproject.toml constraints.txt

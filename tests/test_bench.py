@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -146,17 +147,17 @@ def test_what_runs_on_the_device_is_old_python_and_imports_little() -> None:
 
 def test_rounds_run_every_file_once_in_an_order_that_changes() -> None:
     log: list[int] = []
-    samples = interleave([lambda: log.append(0), lambda: log.append(1)], 0.01, random.Random(0))
+    samples, _ = interleave([lambda: log.append(0), lambda: log.append(1)], 0.01, random.Random(0))
     rounds = [tuple(log[i : i + 2]) for i in range(0, len(log), 2)]
     assert set(rounds) == {(0, 1), (1, 0)}
     assert abs(np.mean([r == (0, 1) for r in rounds]) - 0.5) < 0.2  # at least hundreds of rounds in 10 ms
     assert [len(s) for s in samples] == [len(rounds)] * 2
-    assert len(interleave([lambda: None], 1e-9, random.Random(0))[0]) == MIN_RUNS
+    (wall,), (cpu,) = interleave([lambda: time.sleep(0.01)], 1e-9, random.Random(0))
+    assert len(wall) == len(cpu) == MIN_RUNS
+    assert min(wall) >= 10 > 5 > max(cpu)  # asleep for 10 ms, and computing for almost none of them
 
 
 def test_warm_up_goes_on_until_stable() -> None:
-    import time
-
     pauses = iter([0.06, 0.06, 0.05, 0.05, 0.03, 0.03, 0.03] + [0.02] * 100)
     runs, stable = warm_up(lambda: time.sleep(next(pauses)))
     assert stable and runs >= 15  # a stable pair of windows of 5 exists from run 8 on only

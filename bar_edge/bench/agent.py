@@ -50,6 +50,7 @@ def run(folder: str, message: dict[str, Any]) -> dict[str, Any]:
         process = subprocess.Popen(
             command,
             cwd=folder,
+            env={**os.environ, "TMPDIR": folder},  # what a runtime leaves behind goes with the folder
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -84,6 +85,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))
     sys.stdout.buffer.write(HELLO)
+    sys.stdout.buffer.flush()
     folder = ""
     try:
         for line in sys.stdin.buffer:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,8 @@ _NOTHING = "nothing was measured"
 class Measurement(Latency):
     """Timed runs, and what else was seen while they ran."""
 
+    #: processor time of each run, over all threads: what one thread would have taken undisturbed
+    cpu_samples_ms: tuple[float, ...] = ()
     #: error against the outputs that the artifact carries, tolerance, within, n; None for a file without samples
     parity: dict[str, Any] | None = None
     #: whether the time per run had settled when the measuring began
@@ -82,6 +85,7 @@ def bench_onnx(
         Measurement(
             name=_name(model),
             samples_ms=tuple(found.pop("samples_ms")),
+            cpu_samples_ms=tuple(found.pop("cpu_samples_ms")),
             batch=batch,
             environment={
                 "on": on.partition(":")[0],  # not the host's name: it stays here
@@ -113,6 +117,7 @@ def summary(
         "warmup_runs": latency.warmup_runs,
         "percentiles_ms": {f"p{p}": latency.percentile_ms(p) for p in (50, 90, 99)},
         "median_interval_ms": dataclasses.asdict(interval) if interval else None,
+        "cpu_median_ms": statistics.median(latency.cpu_samples_ms) if latency.cpu_samples_ms else None,
         "min_ms": min(latency.samples_ms),
         "throughput_per_s": 1e3 * latency.batch * len(latency.samples_ms) / sum(latency.samples_ms),
         "drift": drift(latency),
@@ -165,7 +170,11 @@ def save_measurement(
     words += [f"t{environment['threads']}", f"b{latency.batch}"]
     words += [] if environment["on"] == "local" else [_slug(str(environment["cpu"] or environment["machine"]))]
     path = _model_file(beside).parent / f"{'-'.join(map(str, words))}.json"
-    data = {**summary(latency, budget=budget, comparison=comparison), "samples_ms": list(latency.samples_ms)}
+    data = {
+        **summary(latency, budget=budget, comparison=comparison),
+        "samples_ms": latency.samples_ms,
+        "cpu_samples_ms": latency.cpu_samples_ms,
+    }
     try:
         write_json(path, data)
     except OSError as error:

@@ -217,11 +217,11 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     doing("measuring", *files)
     before, before_state = _counters(), state("cuda" in request["runtime"])
     start = time.perf_counter()
-    samples = interleave(runs, request["seconds"] * len(runs), random.Random(request["seed"]))
+    samples, cpu_samples = interleave(runs, request["seconds"] * len(runs), random.Random(request["seed"]))
     interference = _interference(before, _counters(), time.perf_counter() - start)
     after_state = state("cuda" in request["runtime"])
-    for facts, times in zip(found, samples):
-        facts["samples_ms"] = times
+    for facts, times, cpu_times in zip(found, samples, cpu_samples):
+        facts["samples_ms"], facts["cpu_samples_ms"] = times, cpu_times
     return {
         "models": found,
         "environment": environment,
@@ -240,7 +240,7 @@ def warm_up(run: Callable[[], object]) -> tuple[int, bool]:
     while True:
         window: list[float] = []
         while len(window) < WINDOW_RUNS or sum(window) < WINDOW_SECONDS:
-            window.append(_time(run))
+            window.append(_time(run)[0])
         runs += len(window)
         median = statistics.median(window)
         stable = bool(previous) and abs(median / previous - 1) < STABLE
@@ -249,9 +249,16 @@ def warm_up(run: Callable[[], object]) -> tuple[int, bool]:
         previous = median
 
 
-def interleave(runs: list[Callable[[], object]], seconds: float, rng: random.Random) -> list[list[float]]:
-    """Time rounds of one run each, in random order, for `seconds` in all; returns milliseconds per run and round."""
+def interleave(
+    runs: list[Callable[[], object]], seconds: float, rng: random.Random
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Time rounds of one run each, in random order, for `seconds` in all.
+
+    Returns milliseconds per run and round, by the clock and of processor time. The latter, over all threads, is
+    what one thread would have taken had nobody disturbed it.
+    """
     samples: list[list[float]] = [[] for _ in runs]
+    cpu_samples: list[list[float]] = [[] for _ in runs]
     order = list(range(len(runs)))
     gc.collect()
     gc.disable()
@@ -259,9 +266,11 @@ def interleave(runs: list[Callable[[], object]], seconds: float, rng: random.Ran
     while len(samples[0]) < MIN_RUNS or (time.perf_counter() - start < seconds and len(samples[0]) < MAX_RUNS):
         rng.shuffle(order)
         for i in order:
-            samples[i].append(round(_time(runs[i]) * 1e3, 6))
+            wall, cpu = _time(runs[i])
+            samples[i].append(round(wall * 1e3, 6))
+            cpu_samples[i].append(round(cpu * 1e3, 6))
     gc.enable()
-    return samples
+    return samples, cpu_samples
 
 
 def parity(model: Loaded, file: dict[str, Any], batch: int, least: float) -> dict[str, Any]:
@@ -357,10 +366,12 @@ def _expect(expected: dict[str, Any] | None, environment: dict[str, Any]) -> Non
         )
 
 
-def _time(run: Callable[[], object]) -> float:
-    start = time.perf_counter_ns()
+def _time(run: Callable[[], object]) -> tuple[float, float]:
+    """Return the seconds of one run by the clock, and of processor time."""
+    cpu_start, start = time.process_time_ns(), time.perf_counter_ns()
     run()
-    return (time.perf_counter_ns() - start) / 1e9
+    end, cpu_end = time.perf_counter_ns(), time.process_time_ns()
+    return (end - start) / 1e9, (cpu_end - cpu_start) / 1e9
 
 
 # -------------------------------------------------------------------------------------- the device

@@ -26,7 +26,7 @@ from bar_edge.bench import agent
 from bar_edge.errors import EnvironmentLacks, InputError
 
 _TARGET = re.compile(
-    r"ssh://(?:(?P<user>[\w.][\w.-]*)@)?(?P<host>[\w][\w.-]*|\[[0-9a-fA-F:.]+\])(?::(?P<port>\d{1,5}))?(?P<python>/[^\s]+)?"
+    r"ssh://(?:(?P<user>[\w.][\w.-]*)@)?(?P<host>[\w][\w.-]*|\[[0-9a-fA-F:.]+\])(?::(?P<port>\d{1,5}))?(?P<python>/[^\s\x00-\x1f]+)?"
 )
 #: reads the agent out of the connection; Python 2 and 3.0 understand it too, far enough to say that they are too old
 _BOOTSTRAP = (
@@ -189,6 +189,9 @@ class Device:
         if not line.endswith(b"\n"):
             raise self._lost()
         answer: dict[str, Any] = json.loads(line)
+        if "error" in answer and message["do"] == "run":
+            got = f"{message['command'][0]}: {answer['error']}"
+            raise EnvironmentLacks(f"a program that starts on {self.target.text}", got=got, consequence=_NOTHING)
         if "error" in answer:
             raise EnvironmentLacks(
                 f"room and rights for the files on {self.target.text}",
