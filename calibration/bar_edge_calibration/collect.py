@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ class Calibration:
     def load(cls, path: Path) -> Calibration:
         """Read what `save` wrote; raises InputError for anything else."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 described: dict[str, Any] = json.loads(str(file["description"]))
                 if described.pop("schema") != 1:
                     raise ValueError("another schema")
@@ -96,7 +97,7 @@ class Calibration:
                 }
                 sums = {name: file[f"sums_{i}"] for i, name in enumerate(described.pop("sums"))}
             return cls(histograms=histograms, sums=sums, **described)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
             got = f"{path.name}: {type(error).__name__}: {str(error)[:100]}"
             raise InputError("a calibration that bar-edge saved", got=got, remedy="calibrate again") from error
 
@@ -200,13 +201,12 @@ def _chunks(batches: Iterable[np.ndarray], session: onnxruntime.InferenceSession
     if len(inputs) != 1:
         raise InputError("a network with one input", got=f"{len(inputs)} inputs", consequence="nothing was quantised")
     fixed, *shape = inputs[0].shape
-    dtype = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}.get(inputs[0].type)
+    dtype = np.dtype({"tensor(float)": np.float32, "tensor(uint8)": np.uint8}.get(inputs[0].type))
     size = fixed if isinstance(fixed, int) else 0
     for batch in batches:
         if batch.dtype != dtype or list(batch.shape[1:]) != shape or (isinstance(fixed, int) and len(batch) % fixed):
-            wanted = f"{inputs[0].type.removeprefix('tensor(').removesuffix(')')} images {inputs[0].shape}"
             raise InputError(
-                f"{wanted}, as the file takes them",
+                f"{dtype} images {inputs[0].shape}, as the file takes them",
                 got=f"{batch.dtype} {list(batch.shape)}",
                 consequence="nothing was quantised",
                 remedy="calibrate on the data that the network was trained for, normalised as the file expects it",

@@ -67,7 +67,9 @@ class _Placer:
         means: Mapping[str, np.ndarray],
     ) -> None:
         self.graph, self.ranges, self.recipe, self.means = graph, ranges, recipe, means
-        self.layers = {n.name for n in graph.nodes if graph.is_layer(n)} - float_layers
+        layers = {node.name for node in graph.nodes if graph.is_layer(node)}
+        assert float_layers <= layers, f"no layers: {sorted(float_layers - layers)}"
+        self.layers = layers - float_layers
         self.nodes, self.tensors = _on_grid(graph, self.layers, recipe.pairs == "everywhere")
         self.parent: dict[str, str] = {}
 

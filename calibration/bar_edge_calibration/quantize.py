@@ -38,6 +38,10 @@ class Settings:
     #: names of layers
     float_layers: tuple[str, ...] = ()
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as JSON data."""
+        return {**dataclasses.asdict(self), "float_layers": list(self.float_layers)}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Promise:
@@ -100,7 +104,7 @@ def quantize(
             "seed": calibration.seed,
             "onnx_sha256": calibration.onnx_sha256,
         },
-        "settings": dataclasses.asdict(found),
+        "settings": found.to_json(),
         "score": ladder.verdict(promise),
         "rungs": ladder.rungs,
         "sensitivity": ladder.sensitivity,
@@ -144,8 +148,9 @@ class _Ladder:
             self.write(settings)
             score = promise.score(self.candidate)
             kept = score > self.best_score
-            changes = {k: v for k, v in dataclasses.asdict(settings).items() if v != getattr(self.best, k)}
-            self.rungs.append({"rung": rung, "change": changes, "score": score, "kept": kept})
+            before, after = self.best.to_json(), settings.to_json()
+            change = {name: value for name, value in after.items() if value != before[name]}
+            self.rungs.append({"rung": rung, "change": change, "score": score, "kept": kept})
             if kept:
                 self.best, self.best_score = settings, score
             if self.best_score >= limit - 1e-9:
