@@ -12,7 +12,7 @@ from typing import Any
 
 from bar_edge.errors import InputError
 from bar_edge.export.artifact import _replacing
-from bar_edge.export.parity import TOLERANCES as EXACT
+from bar_edge.export.parity import TOLERANCES
 from bar_edge.export.precision import to_half
 from bar_edge.export.tensorrt import EngineOptions
 from bar_edge.export.trt_check import require_accepted
@@ -20,8 +20,6 @@ from bar_edge.export.trt_operators import VERSIONS
 from bar_edge.export.verify import MANIFEST, MODEL, SAMPLES, file_hash, read_manifest, sample_error
 from bar_edge.records import write_json
 
-#: precision -> the largest max|a-b| / max|a| between torch in float32 and the engine that counts as equal
-TOLERANCES = {**EXACT, "fp16": 2e-2, "bf16": 1e-1}
 #: bf16 files need opset 22, which 10.3 does not read
 READERS = {"fp32": VERSIONS, "fp16": VERSIONS, "bf16": ("10.16", "11"), "int8": VERSIONS}
 RUNNER, SCRIPT, BUILDER, README = "run.py", "build.sh", "build.pyz", "README.md"
@@ -64,7 +62,7 @@ def write_bundle(
         if runner is not None:
             shutil.copyfile(runner, temporary / RUNNER)
         error = None if precision == "bf16" else sample_error(temporary, source)
-        tolerance = TOLERANCES.get(precision, source["parity"]["tolerance"])
+        tolerance = TOLERANCES[precision]
         files = [MODEL, SAMPLES, BUILDER, SCRIPT, *([RUNNER] if runner else [])]
         manifest = {
             **source,

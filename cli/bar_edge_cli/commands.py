@@ -94,9 +94,14 @@ Resume = Annotated[bool, _option("--resume", text="Go on with a run that was sto
 RunOut = Annotated[Path, _option("--out", metavar="RUN", text="The run's folder.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that prune wrote.")]
 Target = Annotated[
-    str, _option("--target", metavar="NAME", text="Kind of file to write: onnx, or torch (model.py with its weights).")
+    str,
+    _option(
+        "--target", metavar="NAME", text="What to write: onnx, openvino, trt (an engine), trt-bundle, torch (model.py)."
+    ),
 ]
-Precision = Annotated[str, _option("--precision", metavar="NAME", text="Numbers in the file: fp32.")]
+Precision = Annotated[
+    str, _option("--precision", metavar="NAME", text="Numbers in the file: fp32, fp16, bf16 (trt) or int8.")
+]
 Lowering = Annotated[
     str,
     _option(
@@ -106,9 +111,7 @@ Lowering = Annotated[
         "regular, with widths rounded up as in slices:4; one for all residual streams or one each, with commas.",
     ),
 ]
-ChoiceSeconds = Annotated[
-    float, _option("--choice-seconds", metavar="S", text="How long --lowering auto may measure.")
-]
+ChoiceSeconds = Annotated[float, _option("--choice-seconds", metavar="S", text="How long --lowering auto may measure.")]
 WithPreprocessing = Annotated[
     bool, _option("--with-preprocessing", text="Put the normalisation into the graph, which then takes uint8.")
 ]
@@ -118,6 +121,15 @@ Runtime = Annotated[
 ]
 Threads = Annotated[int, _option("--threads", metavar="N", text="Threads of the runtime.")]
 Seconds = Annotated[float, _option("--seconds", metavar="S", text="How long to measure.")]
+On = Annotated[
+    str,
+    _option(
+        "--on",
+        metavar="WHERE",
+        text="local, or ssh://[user@]host[:port]: a device with Python 3.8 and the runtime; "
+        "a path behind it names the Python there.",
+    ),
+]
 Json = Annotated[bool, _option("--json", text="Write exactly one JSON object to stdout, all else to stderr.")]
 Debug = Annotated[bool, _option("--debug", text="Show the traceback of an error.")]
 
@@ -224,11 +236,16 @@ def export(
     target: Target = "onnx",
     precision: Precision = "fp32",
     lowering: Lowering = "auto",
-    runtime: Runtime = "onnxruntime-cpu",
+    runtime: Annotated[
+        str | None,
+        _option("--runtime", metavar="NAME", text="What --lowering auto measures on; the target's by default."),
+    ] = None,
     threads: Threads = 1,
     choice_seconds: ChoiceSeconds = 60.0,
     with_preprocessing: WithPreprocessing = False,
     data: Data = None,
+    max_drop: MaxDrop = None,
+    on: On = "local",
     out: Annotated[
         Path | None, _option("--out", metavar="DIR", text="Default: RUN/artifacts/TARGET-PRECISION.")
     ] = None,
@@ -250,6 +267,8 @@ def export(
             choice_seconds=choice_seconds,
             with_preprocessing=with_preprocessing,
             data=data,
+            max_drop=max_drop,
+            on=on,
             out=out,
             progress=progress,
         )
@@ -275,15 +294,7 @@ def bench(
             "or to an older measurement (its bench-*.json).",
         ),
     ] = None,
-    on: Annotated[
-        str,
-        _option(
-            "--on",
-            metavar="WHERE",
-            text="local, or ssh://[user@]host[:port]: a device with Python 3.8 and the runtime; "
-            "a path behind it names the Python there.",
-        ),
-    ] = "local",
+    on: On = "local",
     json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
