@@ -140,16 +140,18 @@ def export_run(
     preprocessing = Preprocessing(mean=tuple(result["input"]["mean"]), std=tuple(result["input"]["std"]))
     inside = preprocessing if with_preprocessing else None
     choice = None
-    if lowering == "auto":
-        lowering = targets.unmeasured_lowering(target, precision) or lowering
+    if lowering == "auto" and target not in targets.RUNTIMES:
+        lowering = targets.UNMEASURED[precision]
     if lowering == "auto":
         choice = choose_lowering(
             network,
             Network.load(run / "dense"),
             runtime=runtime or targets.RUNTIMES[target],
+            precision=precision,
             threads=threads,
             seconds=choice_seconds,
             preprocessing=inside,
+            convert=targets.for_speed(target, precision),
             progress=progress,
         )
         lowering = choice.lowering

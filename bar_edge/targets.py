@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from bar_edge.export.tensorrt import import_tensorrt
 from bar_edge.export.verify import MANIFEST, MODEL
 from bar_edge.network.network import unflatten
 from bar_edge.training import Task, evaluate
+from bar_edge_calibration.collect import random_images
 from bar_edge_calibration.quantize import Promise, quantize
 from bar_edge_calibration.recipe import load_recipe
 
@@ -38,14 +40,8 @@ TARGETS = {
 }
 #: target -> the runtime here that runs its file
 RUNTIMES = {"onnx": "onnxruntime-cpu", "openvino": "openvino-cpu"}
-#: lowerings where nothing is measured: TensorRT fuses convolution and addition (unverified there); in INT8 ranges
-#: are taken of one file, so its form must stand before
-UNMEASURED = {
-    ("trt", "int8"): "regular:32",
-    ("trt", ""): "regular:8",
-    ("onnx", "int8"): "gather:4",
-    ("openvino", "int8"): "slices:16",
-}
+#: lowerings where nothing can be measured: TensorRT fuses convolution and addition (unverified there)
+UNMEASURED = {"int8": "regular:32", "fp16": "regular:8", "bf16": "regular:8", "fp32": "regular:4"}
 #: target -> how INT8 is laid out
 RECIPES = {"onnx": "onnxruntime-cpu", "openvino": "openvino-cpu", "trt": "tensorrt"}
 #: images that ranges are taken of, and that a bundle carries
@@ -66,10 +62,14 @@ def check_target(target: str, precision: str, on: str) -> None:
         raise InputError("--on for --target trt, which is built on the device", got=f"--target {target}")
 
 
-def unmeasured_lowering(target: str, precision: str) -> str | None:
-    """Return the form for a target that is not measured here; None if it is."""
-    family = "trt" if target.startswith("trt") else target
-    return UNMEASURED.get((family, precision), UNMEASURED.get((family, "")))
+def for_speed(target: str, precision: str) -> Callable[[Path], None] | None:
+    """Return what turns a file in float32 into one of the precision, in place, for measuring its speed alone."""
+
+    def int8(file: Path) -> None:
+        images = random_images(onnx.load(file), 2 * BATCH, 0)
+        quantize(file, file, images=images, data="random", recipe=load_recipe(RECIPES[target]))
+
+    return {"int8": int8, "fp16": lambda file: to_half(file, file, "fp16")}.get(precision)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -40,7 +40,7 @@ def test_fp16_computes_in_half_and_answers_alike(run: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("inside", [False, True])
 def test_int8_says_what_it_costs_and_keeps_the_promise_or_not(run: Path, tmp_path: Path, inside: bool) -> None:
     answer: dict[str, Any] = export_run(
-        run, precision="int8", max_drop=100.0, with_preprocessing=inside, out=tmp_path / "int8"
+        run, precision="int8", lowering="slices:16", max_drop=100.0, with_preprocessing=inside, out=tmp_path / "int8"
     )
     manifest = read_json(tmp_path / "int8" / "manifest.json")
     assert answer["verdict"] and manifest["precision"] == "int8"
@@ -51,7 +51,9 @@ def test_int8_says_what_it_costs_and_keeps_the_promise_or_not(run: Path, tmp_pat
     assert manifest["conversion"]["calibration"]["images"] == 512
     assert verify(tmp_path / "int8")["verdict"]
     if not inside:  # nothing gains a hundred points
-        assert not export_run(run, precision="int8", max_drop=-100.0, out=tmp_path / "never")["verdict"]
+        assert not export_run(run, precision="int8", choice_seconds=1.0, max_drop=-100.0, out=tmp_path / "never")[
+            "verdict"
+        ]
 
 
 def test_a_bundle_for_a_device_has_all_it_needs(run: Path, tmp_path: Path) -> None:
