@@ -98,9 +98,13 @@ def _carry(value: Tensor, exists: Tensor, labels: Tensor, run: Run) -> Tracked:
 
 
 def channel_axis(x: Tracked) -> int | None:
-    """Return the first axis along which labels differ, counted from the end; None if all are the same."""
-    differ = ((x.labels != x.labels.narrow(axis, 0, 1)).any() for axis in range(x.labels.ndim))
-    return next((axis - x.labels.ndim for axis, along in enumerate(differ) if along), None)
+    """Return the first axis along which labels differ, counted from the end; None if all are the same.
+
+    One channel that several were moved into (a pixel shuffle of four channels) counts as one label.
+    """
+    axes = [axis for axis in range(x.labels.ndim) if (x.labels != x.labels.narrow(axis, 0, 1)).any()]
+    one = len(axes) > 1 and x.shape[1] == 1
+    return axes[0] - x.labels.ndim if axes and not one else None
 
 
 def settled(x: Tracked) -> Tensor:
@@ -158,10 +162,13 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     assert full_name not in ("__setitem__", "__set__"), f"{name}: writing into a part of a tensor has no meaning here"
     if not any(isinstance(t, Tensor) for t in pytree.tree_leaves(result)):
         return result  # a shape, a size, a type
-    if not isinstance(result, Tensor):
+    pair = name in RULES and not isinstance(result, Tensor)  # values and their indices, of one shape
+    if not isinstance(result, Tensor) and not pair:
         return pytree.tree_map(lambda t: track(t, torch.ones(()), None, tracked[0].run), result)
-    call = Call(name, args, kwargs, result)
+    call = Call(name, args, kwargs, result[0] if pair else result)
     exists, axis = RULES.get(name, _opaque)(call)
+    if pair:
+        return type(result)([track(t, exists, axis, tracked[0].run) for t in result])
     made = track(result, exists, axis, tracked[0].run)
     if kwargs.get("inplace") or (full_name.endswith("_") and not full_name.startswith("__")):
         return _write(args[0], made)
@@ -242,7 +249,7 @@ def _binary(combine: Callable[[Tensor, Tensor], Tensor]) -> Rule:
 
 
 def _one_tensor(call: Call) -> Channels:
-    """Division or power by a number, bounds that are numbers; by another tensor there is no rule."""
+    """A power, bounds that are numbers; of another tensor there is no rule."""
     return _channelwise(call) if len(call.tracked) == 1 and call.args[0] is call.x else _opaque(call)
 
 
@@ -255,6 +262,11 @@ def _reduction(call: Call) -> Channels:
     if axis is None or call.result.ndim == ndim:
         return _channelwise(call)
     return _follow(call, axis + sum(d > axis + ndim for d in gone))
+
+
+def _largest(call: Call) -> Channels:
+    """Along an axis as a reduction; of two tensors there is no rule."""
+    return _opaque(call) if isinstance(call.argument(1, "dim", "other"), Tensor) else _reduction(call)
 
 
 def _along(call: Call) -> Channels:
@@ -326,17 +338,20 @@ def _parts(call: Call) -> tuple[list[Tensor], int]:
 _FUNCTIONS: dict[Rule, str] = {
     _channelwise: """relu relu6 leaky_relu elu selu celu silu gelu mish tanh hardtanh hardswish sigmoid hardsigmoid
         softplus softsign logsigmoid tanhshrink softshrink hardshrink abs neg exp expm1 log1p sqrt
-        square sin cos erf rsub dropout dropout1d dropout2d dropout3d feature_dropout
-        alpha_dropout feature_alpha_dropout""",
+        square sin cos erf rsub rsqrt reciprocal log log2 log10 rdiv rtruediv
+        dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout""",
     _layer_norm: "layer_norm",
-    _one_tensor: "div truediv itruediv true_divide pow ipow clamp clamp_min clamp_max clip",
+    _one_tensor: "pow ipow clamp clamp_min clamp_max clip",
     _on_axis_1: """batch_norm instance_norm group_norm interpolate upsample max_pool1d max_pool2d max_pool3d avg_pool1d
-        avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d""",
+        avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
+        adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices max_pool2d_with_indices
+        max_pool3d_with_indices""",
     _convolution: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
     _linear: "linear",
     _binary(torch.maximum): "add radd iadd sub isub subtract",
-    _binary(torch.minimum): "mul rmul imul multiply",
+    _binary(torch.minimum): "mul rmul imul multiply div truediv itruediv true_divide",
     _reduction: "mean sum amax amin var std",
+    _largest: "max min",
     _along: "softmax log_softmax cumsum",
     _prelu: "prelu",
     _pad: "pad",

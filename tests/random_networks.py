@@ -190,6 +190,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "abs": torch.abs,
     "product": lambda x: x * torch.sigmoid(x),
+    "quotient": lambda x: x / (1 + x.abs()),
+    "filter response norm": lambda x: (
+        x * torch.rsqrt(x.square().mean(tuple(range(2, x.ndim)), True) + 0.1) if x.ndim > 2 else x
+    ),
     # f(0) != 0
     "sigmoid": torch.sigmoid,
     "sigmoid in place": lambda x: x.sigmoid_(),
@@ -202,6 +206,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "plus in place": lambda x: x.add_(0.5),
     "minus": lambda x: 1 - x,
     "divided": lambda x: x / 3,
+    "logarithm": lambda x: torch.log(x.abs() + 0.5),
+    "reciprocal": lambda x: 1 / (x.abs() + 1),
 }
 FROM_ZERO = [
     "sigmoid",
@@ -213,6 +219,8 @@ FROM_ZERO = [
     "cos",
     "plus",
     "minus",
+    "logarithm",
+    "reciprocal",
 ]
 
 
@@ -282,6 +290,7 @@ def _squeeze(x: Shape, how: str) -> nn.Module:
         "sum": lambda t: t.sum(space, keepdim=True) / 8,
         "largest": lambda t: t.amax(space, keepdim=True),
         "features": lambda t: t.mean(space),
+        "largest with its place": lambda t: t.flatten(2).max(2)[0],
         "view": lambda t: t.view(t.size(0), t.size(1), -1).mean(-1),
     }
     return Apply(functions[how]) if how in functions else _layer(how, x)(1)
@@ -625,6 +634,9 @@ def grouped(g: Grower, x: str) -> str:
     return g.act(g.do("add", y, x)) if g.chance(0.7) else y
 
 
+FLAT = ["features", "view", "largest with its place"]
+
+
 def squeeze_excite(g: Grower, x: str) -> str:
     width, hidden = g.shape(x)[1], max(2, g.shape(x)[1] // 2)
     gate = {"how": g.random.choice(["sigmoid", "hardsigmoid", "tanh"])}
@@ -633,7 +645,7 @@ def squeeze_excite(g: Grower, x: str) -> str:
         y = g.do("conv", g.do("squeeze", x, how=how), out=hidden, k=1)
         y = g.do("act", g.do("conv", g.do("act", y, how=g.random.choice(["relu", "silu"])), out=width, k=1), **gate)
     else:
-        y = g.do("linear", g.do("squeeze", x, how=g.random.choice(["features", "view"])), out=hidden)
+        y = g.do("linear", g.do("squeeze", x, how=g.random.choice(FLAT)), out=hidden)
         y = g.do("act", g.do("linear", g.do("act", y, how="relu"), out=width, bias=g.chance(0.7)), **gate)
         y = g.do("to_map", y, rank=g.rank, how=g.random.choice(["view", "index"]))
     return g.do("mul", x, y) if g.chance(0.7) else g.do("mul", y, x)
@@ -863,7 +875,7 @@ BLOCKS: dict[Callable[[Grower, str], str | None], float] = {
 
 
 def pooled_head(g: Grower, x: str) -> str:
-    y = g.do("squeeze", x, how=g.random.choice(["features", "view", "AdaptiveAvgPool"]))
+    y = g.do("squeeze", x, how=g.random.choice([*FLAT, "AdaptiveAvgPool"]))
     y = g.do("flatten", y, how=g.random.choice(["module", "reshape"])) if len(g.shape(y)) > 2 else y
     return classifier(g, y)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bar_edge.errors import InputError
-from bar_edge.export.lowering import LOWERINGS, Lowering, lower
+from bar_edge.export.lowering import LOWERINGS, count_streams, lower
 from bar_edge.export.onnx import export_onnx, parity_onnx
 from bar_edge.export.widen import regular_form
 from bar_edge.models import build
@@ -74,6 +74,7 @@ MADE = {
     "sigmoid": Net(sigmoid_stream), "joined": Net(joined_streams), "taps": Net(taps), "cat": Net(concatenated, 16),
     "normed": Net(lambda s, x: F.relu(s.n(x + s.a(x))) + s.m(s.b(x)) + x),
 }  # fmt: skip
+FORMS = [*LOWERINGS, "slices:4", "pad:3", "gather:4", "scatter:2", "blocks:2", "blocks:8", "zero-filled:4", "regular:8"]
 ZOO = {"wrn-16-1": 1.0, "resnet20": 0.5, "resnet18": 0.0625}
 
 
@@ -100,7 +101,7 @@ def test_every_form_equals_the_sliced_network(name: str) -> None:
         expected = copy.deepcopy(sliced).eval()(images)
     assert visible(expected)
     assert [m for m in sliced.modules() if isinstance(m, MixedAdd)], "a plan without mixed additions shows nothing"
-    for form in LOWERINGS:
+    for form in FORMS:
         lowered = lower(sliced, form)
         assert difference(expected, lowered(images)) < FLOAT64, form
         assert lowered(images[:1]).shape == (1, 4), form
@@ -118,7 +119,7 @@ def test_the_file_equals_the_sliced_network(name: str, tmp_path: Path) -> None:
     _, sliced, _ = sliced_network(name)
     images = contrasting(3, 3, 8, 8).float()
     assert visible(sliced.float()(images).detach())
-    for form in LOWERINGS:
+    for form in ("paper", "slices:4", "pad:3", "gather:4", "scatter:2", "blocks:2"):
         export_onnx(lower(sliced, form), (3, 8, 8), tmp_path / "model.onnx")
         # float32 in two runtimes that sum in different orders
         assert parity_onnx(sliced, tmp_path / "model.onnx", images) < 1e-4, form
@@ -137,18 +138,89 @@ def test_paper_gathers_and_scatters() -> None:
     assert torch.ops.aten.cat.default not in called
 
 
-@pytest.mark.parametrize("form", ["slices", "zero-filled", "regular"])
-def test_other_forms_do_not_scatter(form: Lowering) -> None:
+@pytest.mark.parametrize("form", ["slices", "pad", "gather", "blocks:2", "zero-filled", "regular"])
+def test_other_forms_do_not_scatter(form: str) -> None:
     _, sliced, _ = sliced_network("wrn-16-1")
     called = targets(lower(sliced, form))
     assert not {gather, scatter_add, torch.ops.aten.index_add.default} & set(called)
+
+
+def convolutions(network: Network) -> list[nn.Conv2d]:
+    return [m for node in network.nodes if isinstance(m := network.module_of(node), nn.Conv2d)]
+
+
+@pytest.mark.parametrize("form", ["slices:4", "gather:4", "blocks:4", "zero-filled:4", "regular:4"])
+@pytest.mark.parametrize("name", ["wrn-16-1", "resnet20", "linear bottleneck"])
+def test_rounded_widths_are_multiples(name: str, form: str) -> None:
+    _, sliced, _ = sliced_network(name, removed=0.4)
+    plain, rounded = convolutions(lower(sliced, form.partition(":")[0])), convolutions(lower(sliced, form))
+    assert any(c.out_channels % 4 for c in plain), "the plan has odd widths"
+    for c in rounded:
+        assert c.out_channels % 4 == 0
+        assert c.groups == c.in_channels or c.in_channels % 4 == 0 or c.in_channels == 3
+
+
+def test_blocks_add_where_they_write_and_join_where_they_are_read() -> None:
+    _, sliced, _ = sliced_network("wrn-16-1", removed=0.7)
+    called = targets(lower(sliced, "blocks:2"))
+    assert called.count(torch.ops.aten.slice.Tensor) <= 1  # the classifier gets what it had
+    assert torch.ops.aten.cat.default in called
+    # one convolution per run: more of them, of no more than the widths written
+    more = convolutions(lower(sliced, "blocks:2"))
+    assert len(more) > len(convolutions(sliced))
+
+
+def test_gather_takes_zeros_from_an_empty_filter() -> None:
+    _, sliced, _ = sliced_network("wrn-16-1")
+    pad, select = torch.ops.aten.constant_pad_nd.default, torch.ops.aten.index_select.default
+    plain, rounded = targets(lower(sliced, "gather")), targets(lower(sliced, "gather:8"))
+    assert plain.count(select) > 0
+    assert rounded.count(select) > 0
+    assert rounded.count(pad) < plain.count(pad)
+
+
+def test_each_stream_may_have_its_own_form() -> None:
+    _, sliced, _ = sliced_network("wrn-16-1")
+    images = contrasting(2, 3, 8, 8)
+    assert count_streams(sliced) == 3
+    lowered = lower(sliced, "regular,scatter,slices:4")
+    assert difference(copy.deepcopy(sliced).eval()(images), lowered(images)) < FLOAT64
+    called = targets(lowered)
+    additions = sum(isinstance(m, MixedAdd) for m in sliced.modules())
+    assert 0 < called.count(torch.ops.aten.index_add.default) < additions
+    with pytest.raises(InputError, match="3 residual streams"):
+        lower(sliced, "slices,regular")
+
+
+def test_an_activation_that_is_not_idempotent_is_applied_again() -> None:
+    """A part of a stream that a block does not write passes through its activation all the same."""
+
+    def body(s: Any, x: Tensor) -> Tensor:
+        x = F.silu(x + s.a(x))
+        return F.silu(x + s.b(x))
+
+    module = randomise(Net(body).double().eval(), removed=0.5)
+    network = trace(module, torch.zeros(1, 3, 8, 8).double())
+    kept = {"stem": (0, 1, 2, 3), "a": (2, 3, 4, 5), "b": (4, 5, 6, 7)}
+    sliced = slice_network(network, ChannelPlan(network=network.fingerprint, kept=kept))
+    images = contrasting(2, 3, 8, 8)
+    for form in ("blocks:2", "zero-filled", "paper", "slices"):
+        assert difference(sliced(images), lower(sliced, form)(images)) < FLOAT64, form
+
+
+def test_batchnorms_become_part_of_their_convolution() -> None:
+    _, sliced, _ = sliced_network("resnet20")
+    assert not [m for m in lower(sliced, "slices").modules() if isinstance(m, nn.BatchNorm2d)]
+    _, sliced, _ = sliced_network("wrn-16-1")  # those that read the stream stay
+    left = [n for n in lower(sliced, "slices").nodes if n.op == "call_module" and "bn" in str(n.target)]
+    assert 0 < len(left) < sum(isinstance(m, nn.BatchNorm2d) for m in sliced.modules())
 
 
 def test_slices_execute_what_is_counted() -> None:
     _, sliced, _ = sliced_network("wrn-16-1")
     images = contrasting(1, 3, 8, 8)
     counts = count(sliced)
-    for form in ("slices", "paper"):
+    for form in ("slices", "pad", "gather", "scatter", "paper"):
         assert hooked_counts(lower(sliced, form), images)[:2] == (counts.volume, counts.flops)
 
 
@@ -230,4 +302,7 @@ def test_regular_of_the_dense_network_is_the_dense_network() -> None:
 def test_unknown_form_lists_the_known() -> None:
     _, sliced, _ = sliced_network("joined")
     with pytest.raises(InputError, match="zero-filled"):
-        lower(sliced, "magic")  # type: ignore[arg-type]
+        lower(sliced, "magic")
+    for text in ("slices:0", "slices:x", "slices:", "paper:4", ""):
+        with pytest.raises(InputError, match="lowering"):
+            lower(sliced, text)

@@ -44,7 +44,7 @@ def test_every_module_and_data_file_is_in_it(wheel, repository):
     for package, root in ROOTS.items():
         base = repository / root
         for path in (base / package).rglob("*"):
-            if path.suffix in (".py", ".j2", ".css") or path.name == "py.typed":
+            if path.suffix in (".py", ".j2", ".css", ".toml") or path.name == "py.typed":
                 expected.add(path.relative_to(base).as_posix())
     assert "bar_edge/report/report.html.j2" in expected and "bar_edge/report/style.css" in expected
     assert expected == {name for name in wheel.namelist() if ".dist-info/" not in name}

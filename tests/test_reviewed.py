@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bar_edge.errors import InputError
 from bar_edge.export.lowering import LOWERINGS, lower
 from bar_edge.methods import BAR, GateLayout, smallest_cost
 from bar_edge.methods.gates import GatedNetwork
 from bar_edge.methods.projection import project, protected_gates
 from bar_edge.network import MixedAdd, Network, count, prunable, trace
 from bar_edge.network.liveness import held_channels
+from bar_edge.network.mixed import PartialNorm
 from bar_edge.records import ChannelPlan
 from bar_edge.surgery import masked_outputs, relative_difference, slice_network
 from tests.meaning import masked_answer
@@ -215,3 +218,244 @@ def test_a_copy_of_a_gated_network_is_gated() -> None:
     assert twin.layout is twin.gates.layout
     assert torch.equal(gated(images), twin(images))
     assert protected_gates(twin.layout, "volume")
+
+
+#: functions of a map whose value or slope at 0 is infinite, as people write them
+POLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "filter response norm": lambda y: y * torch.rsqrt(y.square().mean((2, 3), keepdim=True)),
+    "log": lambda y: torch.log(y.abs() + 1e-3),
+    "log of what is there": lambda y: torch.log(y.square()),
+    "root": lambda y: torch.sqrt(y.square()),
+    "power": lambda y: y.abs() ** 0.5 + y.abs() ** -0.25,
+    "quotient": lambda y: y / y.abs().mean((2, 3), keepdim=True),
+    "standardised": lambda y: (y - y.mean((2, 3), keepdim=True)) / y.std((2, 3), keepdim=True),
+    "reciprocal": lambda y: 1 / y,
+}
+
+
+@pytest.mark.parametrize("name", POLES)
+def test_absent_channels_never_reach_a_pole(name: str) -> None:
+    """Masked, sliced and gated agree, and no gradient of a shut gate's neighbours is infinite or not a number."""
+    function = POLES[name]
+    body = lambda s, x: s.h(function(s.b(function(s.a(x)))))  # noqa: E731
+    kept = {"a": (0, 3, 4), "b": (1, 2, 5)}
+    check(Net(body, a=conv(3, 6), b=conv(6, 6), h=conv(6, 2)), kept)
+    _, network, images = traced(Net(body, a=conv(3, 6), b=conv(6, 6), h=conv(6, 2)))
+    layout = GateLayout(network)
+    assert not any(passage.kind == "opaque" for passage in layout.found.values())
+    gated = GatedNetwork(layout).double()
+    with torch.no_grad():
+        gated.gates.log_alpha.fill_(-4.0)
+        for layer, ids in kept.items():
+            gated.gates.log_alpha[[layout.offsets[layer][0] + i for i in ids]] = 4.0
+    plan = layout.plan(gated.gates.opened())
+    assert relative_difference(masked_outputs(network, plan, images), gated.eval()(images)) < 1e-9
+    with torch.no_grad():  # one gate in two is drawn shut
+        gated.gates.log_alpha.fill_(-0.8)
+    for _ in range(3):
+        answer = gated.train()(images)
+        answer.square().mean().backward()
+        gradients = [p.grad for p in gated.parameters() if p.grad is not None]
+        assert answer.isfinite().all() and all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y: F.adaptive_max_pool2d(y, 1),
+        lambda y: F.adaptive_max_pool2d(y, 3),
+        lambda y: F.max_pool2d(y, 2, return_indices=True)[0],
+        lambda y: y.max(-1)[0].max(dim=2, keepdim=True).values.unsqueeze(3),
+        lambda y: y.min(dim=-1, keepdim=True).values,
+    ],
+)
+def test_largest_values_with_their_indices(function: Callable[[Tensor], Tensor]) -> None:
+    body = lambda s, x: s.h(torch.cos(function(s.a(x))))  # noqa: E731
+    sliced = check(Net(body, a=conv(3, 6), h=conv(6, 2, 1)), {"a": (0, 3)})
+    layer = sliced.body.get_submodule("h")
+    assert isinstance(layer, nn.Conv2d) and layer.in_channels == 2
+
+
+def test_indices_that_are_read_need_the_whole_map() -> None:
+    def body(s: Any, x: Tensor) -> Tensor:
+        values, indices = F.max_pool2d(s.a(x), 2, return_indices=True)
+        return s.h(F.max_unpool2d(values, indices, 2))
+
+    check(Net(body, a=conv(3, 6), h=conv(6, 2, 1)), {"a": (0, 3)})
+
+
+def test_zeros_behind_a_merged_batch_have_its_length() -> None:
+    class Video(nn.Module):
+        """Frames of a video as images: the first axis is batch * frames."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.h = conv(3, 4), conv(3, 4), conv(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            frames = x.flatten(0, 1)
+            joined = torch.cat([self.a(frames), self.b(frames).softmax(1)], 1)
+            return self.h(joined).unflatten(0, (x.shape[0], 3)).mean(1)
+
+    torch.manual_seed(0)
+    module, images = randomise(Video().double().eval(), seed=1), contrasting(4, 3, 3, 6, 6)
+    network = trace(module, images)
+    sliced = slice_network(network, ChannelPlan(network=network.fingerprint, kept={"b": ()}))
+    expected = masked_answer(module, {"b": ()}, images)
+    for n in (1, 4):
+        assert relative_difference(expected[:n], sliced(images[:n])) < 1e-9
+
+
+def test_names_of_new_parts_are_free() -> None:
+    class Named(nn.Module):
+        """A user who calls things as surgery does, for the sliced network and for one that is sliced again."""
+
+        channels: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.c, self.e, self.h, self.add = conv(3, 8), conv(8, 8), conv(8, 2), conv(3, 2)
+            self.register_buffer("channels", torch.rand(2, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.c(x)
+            z = F.relu(y + self.e(y))
+            return self.h(z[:, [7, 1, 3, 0, 2, 4, 6, 5]].softmax(1)) * self.channels + self.add(x)
+
+    module, network, images = traced(Named())
+    kept = {"c": (0, 1, 5, 6), "e": (2, 5, 7)}
+    sliced = slice_network(network, ChannelPlan(network=network.fingerprint, kept=kept))
+    assert relative_difference(masked_answer(module, kept, images), sliced(images)) < 1e-9
+    again = ChannelPlan(network=sliced.fingerprint, kept={"c": (0, 3), "e": (1,)})
+    twice = slice_network(sliced, again)
+    assert relative_difference(masked_outputs(sliced, again, images), twice(images)) < 1e-9
+    assert torch.equal(twice.body.get_buffer("channels"), module.channels)
+
+
+@pytest.mark.parametrize("kind", ["groups", "last"])
+def test_norms_of_what_is_left_do_not_overflow_in_half_precision(kind: str) -> None:
+    x = torch.full((2, 4, 64, 64), 300.0) * torch.rand(2, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+    axis, membership = (1, (0, 0, 1, 1)) if kind == "groups" else (-1, (0, 0, 0, 0))
+    norm = PartialNorm(axis, 3 if kind == "groups" else 64, membership, 1e-5, True)
+    x = x if kind == "groups" else x.movedim(1, -1).repeat_interleave(4, -1)[..., :4] * 100
+    expected = norm(x)
+    for got in (norm.half()(x.half()), norm.bfloat16()(x.bfloat16())):
+        assert got.dtype == x.to(got.dtype).dtype and got.isfinite().all()
+        torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.05)
+    with torch.autocast("cpu", torch.float16):
+        torch.testing.assert_close(norm.float()(x.half()).float(), expected, rtol=0.01, atol=0.01)
+
+
+def test_a_layer_norm_without_bias_gets_none(tmp_path: Path) -> None:
+    body = lambda s, x: s.h(s.n(s.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))  # noqa: E731
+    sliced = check(Net(body, a=conv(3, 6), n=nn.LayerNorm(6, bias=False), h=conv(6, 2)), {"a": (1, 2, 5)})
+    assert "body.n.bias" not in dict(sliced.named_parameters())
+    assert sum(p.numel() for p in sliced.parameters()) == count(sliced).params
+    sliced.save(tmp_path / "n")
+    images = contrasting(2, 3, 8, 8)
+    assert torch.equal(Network.load(tmp_path / "n").eval()(images), sliced(images))
+
+
+def test_frozen_parameters_stay_frozen_in_a_file(tmp_path: Path) -> None:
+    module = Net(lambda s, x: s.h(s.n(s.a(x))), a=conv(3, 6), n=nn.BatchNorm2d(6), h=conv(6, 2))
+    module.a.requires_grad_(False)
+    _, network, _ = traced(module)
+    for one in (network, slice_network(network, ChannelPlan(network=network.fingerprint, kept={"a": (1, 2)}))):
+        one.save(tmp_path / "n")
+        loaded = Network.load(tmp_path / "n")
+        frozen = {name for name, p in loaded.named_parameters() if not p.requires_grad}
+        assert frozen == {"body.a.weight", "body.a.bias"} and loaded.fingerprint == one.fingerprint
+
+
+def up_by_views(y: Tensor) -> Tensor:
+    n, c, h, w = y.shape
+    return y.view(n, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(n, c // 4, 2 * h, 2 * w)
+
+
+def down_by_views(y: Tensor) -> Tensor:
+    n, c, h, w = y.shape
+    return y.view(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(n, 4 * c, h // 2, w // 2)
+
+
+@pytest.mark.parametrize(("function", "width"), [(up_by_views, 2), (down_by_views, 32)])
+def test_a_pixel_shuffle_of_views_has_its_rule(function: Callable[[Tensor], Tensor], width: int) -> None:
+    body = lambda s, x: s.h(torch.cos(function(s.a(x))))  # noqa: E731
+    sliced = check(Net(body, a=conv(3, 8), h=conv(width, 2)), {"a": (1, 4, 6)})
+    assert not any(passage.kind == "opaque" for passage in GateLayout(sliced).found.values())
+    assert sum("pixel" in str(node.target) for node in sliced.nodes) == 1
+
+
+def test_views_in_another_order_are_no_pixel_shuffle() -> None:
+    """Depth to space with the block first, as TensorFlow has it: filled up with zeros, still exact."""
+
+    def blocks_first(y: Tensor) -> Tensor:
+        n, c, h, w = y.shape
+        return y.view(n, 2, 2, c // 4, h, w).permute(0, 3, 4, 1, 5, 2).reshape(n, c // 4, 2 * h, 2 * w)
+
+    sliced = check(Net(lambda s, x: s.h(blocks_first(s.a(x))), a=conv(3, 8), h=conv(2, 2)), {"a": (1, 4, 6)})
+    assert not any("pixel" in str(node.target) for node in sliced.nodes)
+
+
+KEPT: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, nn.Module]]] = {
+    "a branch beside the cheapest path": (
+        lambda s, x: s.h((lambda y: y + s.b(F.relu(s.a(y))))(F.relu(s.s(x)))),
+        {"s": conv(3, 8), "a": conv(8, 8), "b": conv(8, 8), "h": conv(8, 2)},
+    ),
+    "behind another layer": (
+        lambda s, x: s.h(torch.cat([s.s(x), s.b(s.a(s.c(x)))], 1)),
+        {"s": conv(3, 4), "c": conv(3, 8), "a": conv(8, 8), "b": conv(8, 4), "h": conv(8, 2)},
+    ),
+    "half of it is read elsewhere": (
+        lambda s, x: s.h(torch.cat([s.s(x), (lambda y: torch.cat([s.b(y[:, :3]), s.c(y[:, 2:])], 1))(s.a(x))], 1)),
+        {"s": conv(3, 4), "a": conv(3, 8), "b": conv(3, 4), "c": conv(6, 4), "h": conv(12, 2)},
+    ),
+    "a gate of two convolutions": (
+        lambda s, x: s.h(s.s(x) + s.b(s.a(x) * torch.sigmoid(s.g(x)))),
+        {"s": conv(3, 4), "a": conv(3, 8), "g": conv(3, 8), "b": conv(8, 4), "h": conv(4, 2)},
+    ),
+    "squeeze and excite": (
+        lambda s, x: s.h(s.s(x) + s.b((lambda y: y * torch.sigmoid(s.f(F.relu(s.e(y.mean((2, 3), True))))))(s.a(x)))),
+        {"s": conv(3, 4), "a": conv(3, 8), "e": conv(8, 2), "f": conv(2, 8), "b": conv(8, 4), "h": conv(4, 2)},
+    ),
+    "grouped": (
+        lambda s, x: s.h(s.s(x) + s.b(F.relu(s.a(F.relu(s.c(x)))))),
+        {"s": conv(3, 4), "c": conv(3, 8), "a": conv(8, 8, groups=4), "b": conv(8, 4), "h": conv(4, 2)},
+    ),
+    "read by groups": (
+        lambda s, x: s.h(s.s(x) + s.b(F.relu(s.a(x)))),
+        {"s": conv(3, 4), "a": conv(3, 8), "b": conv(8, 4, groups=2), "h": conv(4, 2)},
+    ),
+}
+
+
+@pytest.mark.parametrize("keep", ["a=4", "a"])
+@pytest.mark.parametrize("name", KEPT)
+def test_a_least_width_is_that_of_the_sliced_layer(name: str, keep: str) -> None:
+    body, parts = KEPT[name]
+    least, asked = ("a=4", 4) if "=" in keep else ("a", 8)
+    asked = min(asked, 6) if name == "half of it is read elsewhere" else asked
+    _, network, _ = traced(Net(body, **copy.deepcopy(parts)))
+    layout = GateLayout(network, keep=(least,))
+    for metric in ("volume", "flops", "params"):
+        limit = smallest_cost(layout, metric)
+        for seed in range(4):
+            scores = torch.rand(layout.size, generator=torch.Generator().manual_seed(seed))
+            plan, _ = project(layout, scores, torch.ones(layout.size, dtype=torch.bool), metric, limit)
+            sliced = slice_network(network, plan)
+            layer = sliced.body.get_submodule("a")
+            assert isinstance(layer, nn.Conv2d) and layer.out_channels >= asked, (metric, seed)
+            assert count(sliced).of(metric) <= limit
+
+
+def test_a_least_width_that_cannot_be_read_is_refused() -> None:
+    body = lambda s, x: (lambda y: s.h(y[:, :3]) + s.k(y[:, 5:]))(s.a(x))  # noqa: E731
+    _, network, _ = traced(Net(body, a=conv(3, 8), h=conv(3, 2), k=conv(3, 2)))
+    with pytest.raises(InputError, match="a=6 or less"):
+        smallest_cost(GateLayout(network, keep=("a=7",)), "volume")
+    assert smallest_cost(GateLayout(network, keep=("a=6",)), "volume") == 64 * 6 + 64 * 4
+
+
+def test_a_pixel_shuffle_into_one_channel() -> None:
+    body = lambda s, x: s.h(torch.cos(up_by_views(s.a(x))))  # noqa: E731
+    check(Net(body, a=conv(3, 4), h=conv(1, 2)), {"a": (0, 3)})
+    check(Net(body, a=conv(3, 4), h=conv(1, 2)), {"a": ()})

@@ -1,87 +1,168 @@
 """How mixed additions run: from MixedAdd leaves to operators that a runtime has.
 
-paper: the stream at the width of its union, gather before every reader, scatter-add after every writer.
-slices: the stream holds only live channels; Slice, Add and Concat. zero-filled: writers are filled with
-zero filters until each covers the stream so far, then slices. regular: every tensor of the stream at the
-width of the union, plain additions.
+A lowering is a text: one form (placement.Form) for all residual streams, as in `slices:4`, or one per
+stream in graph order, as in `blocks:16,slices:4,regular`; or `paper`, the stream at the width of its
+union, a gather before every reader and a scatter-add after every writer.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Literal, get_args
+import itertools
+from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from bar_edge.errors import InputError
-from bar_edge.export.widen import filled_placements, regular_form, select, stream_placements, widen
+from bar_edge.export.placement import (
+    KINDS,
+    Form,
+    Placement,
+    Stream,
+    plain_reader,
+    residual_streams,
+    rounded_placements,
+    stream_placements,
+)
+from bar_edge.export.widen import select, widen
 from bar_edge.network import Expand, MixedAdd, Network
-from bar_edge.network.channels import operands, passages
+from bar_edge.network.channels import called_again, operands, passages
 from bar_edge.network.codec import attach
 from bar_edge.network.movement import MOVEMENTS
 from bar_edge.surgery.order import is_identity
 from bar_edge_kernels import gather, scatter_add
 
 aten = torch.ops.aten
-Lowering = Literal["paper", "slices", "zero-filled", "regular"]
-LOWERINGS: tuple[Lowering, ...] = get_args(Lowering)
+PAPER = "paper"
+#: what a lowering may be for all streams at once, besides roundings
+LOWERINGS = (PAPER, *KINDS)
+#: applied again they change nothing
+IDEMPOTENT = {aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default}
 
 
-def lower(network: Network, form: Lowering) -> Network:
+def lower(network: Network, lowering: str) -> Network:
     """Return an equal network without MixedAdd and Expand leaves, for inference in a runtime.
 
-    Raises InputError for an unknown form.
+    Raises InputError for a lowering that does not exist, or not for this number of streams.
     """
-    network = copy.deepcopy(network)
-    if form == "regular":
-        network = regular_form(network)
-    elif form == "zero-filled":
-        network = widen(network, filled_placements(network, passages(network)))
-    elif form not in LOWERINGS:
-        raise InputError(f"a lowering: {', '.join(LOWERINGS)}", got=repr(form), remedy="choose one of these")
-    return _Lowerer(network, literal=form == "paper").run()
+    if lowering == PAPER:
+        return _Lowerer(copy.deepcopy(network), []).run()
+    forms = [Form.parse(text) for text in lowering.split(",")]
+    network = folded(network)
+    found = passages(network)
+    streams = residual_streams(network, found)
+    if len(forms) not in (1, len(streams)):
+        raise InputError(
+            f"a lowering for all {len(streams)} residual streams, or one for each", got=f"{len(forms)} in {lowering!r}"
+        )
+    forms = forms if len(forms) == len(streams) else forms * max(1, len(streams))
+    places: dict[fx.Node, Placement] = {}
+    for stream, form in zip(streams, forms, strict=False):
+        places |= stream_placements(network, found, stream, form)
+    places |= rounded_placements(network, found, places, _roundings(network, streams, forms))
+    return _Lowerer(widen(network, places), forms).run()
+
+
+def count_streams(network: Network) -> int:
+    """Return the number of residual streams, each of which may have a form of its own."""
+    network = folded(network)
+    return len(residual_streams(network, passages(network)))
+
+
+def folded(network: Network) -> Network:
+    """Return a copy for inference in which every BatchNorm behind a convolution of its own is part of it."""
+    network = copy.deepcopy(network).eval()
+    body, again = network.body, called_again(network)
+    for node in network.nodes:
+        norm, source = network.module_of(node), node.all_input_nodes[0] if node.all_input_nodes else None
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or source is None or norm.running_mean is None:
+            continue
+        convolution = network.module_of(source)
+        alone = len(source.users) == 1 and not {str(node.target), str(source.target)} & again
+        if alone and isinstance(convolution, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            attach(body, str(source.target), nn.utils.fuse_conv_bn_eval(convolution, norm))
+            node.replace_all_uses_with(source)
+            body.graph.erase_node(node)
+    body.delete_all_unused_submodules()
+    body.recompile()
+    return Network(body, network.input_shapes, network.out_spec).eval()
+
+
+def _roundings(network: Network, streams: list[Stream], forms: list[Form]) -> dict[fx.Node, int]:
+    """Return for every tensor the rounding of the stream that is added to next."""
+    last = {max(stream.channels, key=network.nodes.index): i for i, stream in enumerate(streams)}
+    roundings, current = {}, 0
+    for node in network.nodes:
+        roundings[node] = forms[min(current, len(forms) - 1)].rounding
+        current = max(current, last.get(node, -1) + 1)
+    return roundings
 
 
 class _Lowerer:
-    def __init__(self, network: Network, literal: bool) -> None:
-        self.network, self.literal = network, literal
-        self.found = passages(network)
-        self.places = stream_placements(network, self.found) if literal else {}
+    """Copies a graph; without forms, literally: the paper's gather and scatter-add."""
+
+    def __init__(self, network: Network, forms: list[Form]) -> None:
+        self.network, self.literal = network, not forms
+        self.found, self.again = passages(network), called_again(network)
+        streams = residual_streams(network, self.found)
+        self.form = {node: form for stream, form in zip(streams, forms, strict=False) for node in stream.channels}
+        self.runs = {
+            node: runs
+            for stream, form in zip(streams, forms, strict=False)
+            if form.kind in ("blocks", "zero-filled")
+            for node, runs in _runs(stream).items()
+        }
+        self.places = (
+            {n: Placement(s.width, channels) for s in streams for n, channels in s.channels.items()}
+            if self.literal
+            else {}
+        )
         self.root, self.graph = network.body, fx.Graph()
         self.made: dict[fx.Node, fx.Node] = {}
         self.whole: dict[fx.Node, fx.Node] = {}  # streams at the width of their union, for `paper`
+        self.parts: dict[fx.Node, dict[int, fx.Node]] = {}  # tensors in runs of channels, by the run's first channel
 
     def run(self) -> Network:
         for node in self.network.nodes:
             module, passage = self.network.module_of(node), self.found.get(node)
             source = passage.links[0].source if passage is not None and passage.links else None
-            if isinstance(module, MixedAdd):
-                if self.literal:
-                    self._paper(node)
-                else:
-                    self.made[node] = self._slices(module, *(self._live(n) for n in operands(node)))
+            each = passage is not None and is_identity(passage) and node.op == "call_function"
+            alone = each and node.all_input_nodes == [source] and node.target not in MOVEMENTS
+            keeps = alone and passage is not None and passage.keeps_zero and passage.axis == 1
+            if node in self.runs and passage is not None and passage.kind == "add":
+                self._add_parts(node)
+            elif source in self.parts and keeps:
+                self.parts[node] = {k: self._once(node, part) for k, part in self.parts[source].items()}
+            elif node in self.runs and passage is not None and len(self.runs[node]) > 1 and self._splits(node):
+                self._split(node)
+            elif isinstance(module, MixedAdd):
+                self._mixed(node, module)
             elif isinstance(module, Expand):
                 self.made[node] = self._expand(module, self._live(node.all_input_nodes[0]))
-            elif source in self.whole and passage is not None and is_identity(passage) and node.op == "call_function":
-                alone = node.all_input_nodes == [source] and node.target not in MOVEMENTS
-                if not passage.keeps_zero or not alone or passage.axis != 1:
-                    self.made[node] = self.graph.node_copy(node, self._live)
-                else:  # an activation on the stream, idempotent on what was not written
+            elif source in self.whole and each:
+                if keeps:  # an activation on the stream, idempotent on what was not written
                     self.whole[node] = self.graph.node_copy(node, lambda n: self.whole[n])
+                else:
+                    self.made[node] = self.graph.node_copy(node, self._live)
             else:
                 self.made[node] = self.graph.node_copy(node, self._live)
         body = fx.GraphModule(self.root, self.graph)
         body.graph.eliminate_dead_code()
+        body.delete_all_unused_submodules()
         body.recompile()
         return Network(body, self.network.input_shapes, self.network.out_spec).eval()
 
     def _live(self, node: fx.Node) -> fx.Node:
-        """Return a tensor with its live channels only; gathers them from a whole stream on first use."""
+        """Return a tensor with its live channels; gathered from a whole stream, or joined from parts, on first use."""
         if node not in self.made:
-            self.made[node] = self.graph.call_function(
-                gather, (self.whole[node], self._index(self.places[node].positions))
-            )
+            if node in self.parts:
+                parts = list(self.parts[node].values())
+                joined = len(parts) > 1
+                self.made[node] = self.graph.call_function(aten.cat.default, (parts, 1)) if joined else parts[0]
+            else:
+                index = self._index(self.places[node].positions)
+                self.made[node] = self.graph.call_function(gather, (self.whole[node], index))
         return self.made[node]
 
     def _index(self, positions: tuple[int, ...]) -> fx.Node:
@@ -89,24 +170,60 @@ class _Lowerer:
         attach(self.root, name, torch.tensor(positions, dtype=torch.int64))
         return self.graph.get_attr(name)
 
-    def _paper(self, node: fx.Node) -> None:
+    # ------------------------------------------------------------------------------------ additions
+
+    def _mixed(self, node: fx.Node, module: MixedAdd) -> None:
+        if self.literal:
+            self._paper(node, module)
+            return
+        a, b = (self._live(n) for n in operands(node))
+        kind = self.form[node].kind if node in self.form else "slices"
+        if kind == "slices" or set(module.positions_a) != set(range(len(module.positions_a))):
+            self.made[node] = self._slices(module, a, b)
+            return
+        a, _ = self._sorted(a, module.positions_a)  # the stream so far, a prefix
+        x = self._padded(a, node, 0, module.width - len(module.positions_a))
+        if kind == "pad":
+            b, positions = self._sorted(b, module.positions_b)
+            for start, end in _pieces(positions):
+                part = self._slice(b, start, end, len(positions))
+                wide = self._padded(part, node, positions[start], module.width - positions[end - 1] - 1)
+                x = self.graph.call_function(aten.add.Tensor, (x, wide))
+        elif kind == "gather":
+            x = self.graph.call_function(aten.add.Tensor, (x, self._gathered(b, node, module)))
+        else:
+            x = self._added(aten.index_add.default, x, b, module.positions_b, module.width)
+        self.made[node] = x
+
+    def _paper(self, node: fx.Node, module: MixedAdd) -> None:
         a, b = operands(node)
+        rank = len(self.network.shapes[node.name])
         if node not in self.places:  # a stream that stays at its own width: scattered here alone
-            module = self.network.module_of(node)
-            assert isinstance(module, MixedAdd)
-            first = self._scattered(self._live(a), 1, module.width, module.positions_a)
-            index = self._index(module.positions_b)
-            self.made[node] = self.graph.call_function(scatter_add, (first, index, self._live(b)))
+            first = self._scattered(self._live(a), rank, 1, module.width, module.positions_a)
+            self.made[node] = self._added(scatter_add, first, self._live(b), module.positions_b, module.width)
             return
         if a not in self.whole:
             place = self.places[a]
-            self.whole[a] = self._scattered(self.made[a], 1, place.width, place.positions)
-        index = self._index(self.places[b].positions)
-        self.whole[node] = self.graph.call_function(scatter_add, (self.whole[a], index, self._live(b)))
+            self.whole[a] = self._scattered(self.made[a], rank, 1, place.width, place.positions)
+        place = self.places[b]
+        self.whole[node] = self._added(scatter_add, self.whole[a], self._live(b), place.positions, place.width)
 
-    def _scattered(self, x: fx.Node, axis: int, width: int, positions: tuple[int, ...]) -> fx.Node:
+    def _added(self, how: Any, x: fx.Node, b: fx.Node, positions: tuple[int, ...], width: int) -> fx.Node:
+        """Add b to channels of x; plainly to all of them, for which torch's exporter (2.13) writes an assignment."""
+        if positions == tuple(range(width)):
+            return self.graph.call_function(aten.add.Tensor, (x, b))
+        index = self._index(positions)
+        return self.graph.call_function(how, (x, index, b) if how is scatter_add else (x, 1, index, b))
+
+    def _padded(self, x: fx.Node, node: fx.Node, before: int, after: int) -> fx.Node:
+        """Append zero channels on both sides, in a tensor of the rank of `node`."""
+        if not before and not after:
+            return x
+        space = [0, 0] * (len(self.network.shapes[node.name]) - 2)
+        return self.graph.call_function(aten.constant_pad_nd.default, (x, [*space, before, after]))
+
+    def _scattered(self, x: fx.Node, rank: int, axis: int, width: int, positions: tuple[int, ...]) -> fx.Node:
         """Append zeros, then put the channels in place, without asking for the shape of x."""
-        rank = len(self.network.shapes[next(n.name for n, m in self.made.items() if m is x)])
         after = [0, 0] * (rank - 1 - axis)
         if positions == tuple(range(len(positions))):
             return self.graph.call_function(aten.constant_pad_nd.default, (x, [*after, 0, width - len(positions)]))
@@ -114,8 +231,23 @@ class _Lowerer:
         origin = {place: i for i, place in enumerate(positions)}
         return select(self.graph, self.root, padded, axis, tuple(origin.get(i, len(positions)) for i in range(width)))
 
+    def _gathered(self, b: fx.Node, node: fx.Node, module: MixedAdd) -> fx.Node:
+        """Put a writer's channels in place by one Gather, zeros from a filter that is all zeros if there is one."""
+        writer = self.network.module_of(operands(node)[1])
+        zeros: list[int] = []
+        if isinstance(writer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            rows = writer.weight.detach().flatten(1)
+            rows = rows if writer.bias is None else torch.cat([rows, writer.bias.detach().unsqueeze(1)], 1)
+            zeros = (rows == 0).all(1).nonzero().flatten().tolist()
+        if not zeros:
+            return self._scattered(b, len(self.network.shapes[node.name]), 1, module.width, module.positions_b)
+        origin = {place: i for i, place in enumerate(module.positions_b)}
+        index = tuple(origin.get(i, zeros[0]) for i in range(module.width))
+        return select(self.graph, self.root, b, 1, index)
+
     def _expand(self, module: Expand, x: fx.Node) -> fx.Node:
-        return self._scattered(x, module.axis, module.width, module.positions)
+        rank = len(self.network.shapes[next(n.name for n, m in self.made.items() if m is x)])
+        return self._scattered(x, rank, module.axis, module.width, module.positions)
 
     def _slices(self, module: MixedAdd, a: fx.Node, b: fx.Node) -> fx.Node:
         a, positions_a = self._sorted(a, module.positions_a)
@@ -146,3 +278,79 @@ class _Lowerer:
 
     def _slice(self, x: fx.Node, start: int, end: int, width: int) -> fx.Node:
         return x if (start, end) == (0, width) else self.graph.call_function(aten.slice.Tensor, (x, 1, start, end))
+
+    # ------------------------------------------------------------------------ streams kept in parts
+
+    def _add_parts(self, node: fx.Node) -> None:
+        """Add two tensors run by run: a convolution makes a run, and the runtime adds what was there before."""
+        a, b = (self._in_parts(source) for source in node.all_input_nodes)
+        sums = {}
+        for first, _, _ in self.runs[node]:
+            pair = tuple(parts[first] for parts in (a, b) if first in parts)
+            sums[first] = pair[0] if len(pair) == 1 else self.graph.call_function(aten.add.Tensor, pair)
+        self.parts[node] = sums
+
+    def _in_parts(self, node: fx.Node) -> dict[int, fx.Node]:
+        if node not in self.parts:
+            x, width = self._live(node), self.found[node].width
+            self.parts[node] = {first: self._slice(x, start, end, width) for first, start, end in self.runs[node]}
+        return self.parts[node]
+
+    def _once(self, node: fx.Node, part: fx.Node) -> fx.Node:
+        """Apply an operator on each channel to a part; not again where that would change nothing."""
+        same = part.target == node.target and part.args[1:] == node.args[1:] and part.kwargs == node.kwargs
+        if same and node.target in IDEMPOTENT:
+            return part
+        return self.graph.node_copy(node, lambda _: part)
+
+    def _splits(self, node: fx.Node) -> bool:
+        passage = self.found[node]
+        convolution = plain_reader(passage, self.network.module_of(node)) and passage.axis == 1
+        return passage.kind == "read" and convolution and str(node.target) not in self.again
+
+    def _split(self, node: fx.Node) -> None:
+        """Make one convolution per run."""
+        module, x = self.network.module_of(node), self._live(node.all_input_nodes[0])
+        assert module is not None
+        self.parts[node] = {}
+        for first, start, end in self.runs[node]:
+            name = f"{node.target}.run_{first}"
+            attach(self.root, name.replace(".", "_"), _rows(module, start, end))
+            self.parts[node][first] = self.graph.call_module(name.replace(".", "_"), (x,))
+
+
+def _runs(stream: Stream) -> dict[fx.Node, list[tuple[int, int, int]]]:
+    """Cut a stream's channels into runs that every tensor holds as a whole and in one piece, or not at all.
+
+    Returns for every tensor, in its own order: the run's first channel, and from where to where it lies.
+    """
+    cuts: set[int] = set()
+    for channels in stream.channels.values():
+        for start, end in _pieces(channels):
+            cuts |= {channels[start], channels[end - 1] + 1}
+    return {
+        node: [
+            (channels[start], start, end)
+            for start, end in itertools.pairwise(
+                [i for i, c in enumerate(channels) if c in cuts or not i or channels[i - 1] != c - 1] + [len(channels)]
+            )
+        ]
+        for node, channels in stream.channels.items()
+    }
+
+
+def _pieces(positions: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return from where to where the positions go up in steps of one."""
+    starts = [i for i, p in enumerate(positions) if not i or positions[i - 1] != p - 1]
+    return list(itertools.pairwise([*starts, len(positions)]))
+
+
+def _rows(module: nn.Module, start: int, end: int) -> nn.Module:
+    """Return a convolution that makes only some of a convolution's channels."""
+    new = copy.deepcopy(module)
+    assert isinstance(new, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    new.weight = nn.Parameter(new.weight[start:end].detach().clone())
+    if new.bias is not None:
+        new.bias = nn.Parameter(new.bias[start:end].detach().clone())
+    new.out_channels = end - start
+    return new

@@ -118,6 +118,7 @@ class BAR:
     def _follow(self, device: torch.device) -> None:
         """Move what works beside the gates to where the user has moved the network."""
         self.cost.to(device)
+        self.protected = [(ids.to(device), n) for ids, n in self.protected]
         if self.teacher is not None:
             self.teacher.to(device)
 
@@ -128,8 +129,7 @@ class BAR:
         before = gates.opened()
         if gates.log_alpha.grad is not None and bool(gates.log_alpha.grad.isfinite().all()):
             self.optimizer.step(gates.log_alpha.grad, self._cost_gradient, self._stats["barrier"], self.weight)
-        for ids, n in self.protected:
-            own = ids.to(gates.log_alpha.device)
+        for own, n in self.protected:
             best = own[torch.topk(gates.log_alpha[own], n).indices]
             gates.log_alpha[best] = gates.log_alpha[best].clamp(min=self.config.protect_floor)
         gates.log_alpha.grad = None

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from bar_edge.errors import InputError
 from bar_edge.network import Network, prunable
 from bar_edge.network.channels import Link, Passage, Passages, called_again, is_whole, passages
-from bar_edge.network.cost import scaled_by
+from bar_edge.network.cost import CostCounter, scaled_by
 from bar_edge.records import ChannelPlan
 from bar_edge.surgery.order import is_identity
 
@@ -24,17 +24,26 @@ class Writers:
     gate: Tensor
     channel: Tensor
     always: Tensor
+    _copies: dict[torch.device, Writers] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def alive(self, opened: Tensor) -> Tensor:
         """Return the (width,) 0/1 mask of channels with an open writer; opened: (gates,) of 0 and 1."""
-        always = self.always.to(opened)
-        return always.index_add(0, self.channel.to(opened.device), opened[self.gate.to(opened.device)]).clamp(max=1)
+        own = self._on(opened.device)
+        return own.always.to(opened.dtype).index_add(0, own.channel, opened[own.gate]).clamp(max=1)
 
     def probability(self, p: Tensor) -> Tensor:
         """Return the probability (width,) that a channel has an open writer; p: (gates,) of being open."""
-        closed = torch.log1p(-p[self.gate.to(p.device)])
-        nobody = torch.zeros_like(self.always, dtype=p.dtype, device=p.device)
-        return 1 - (1 - self.always.to(p)) * nobody.index_add(0, self.channel.to(p.device), closed).exp()
+        own = self._on(p.device)
+        nobody = torch.zeros_like(own.always, dtype=p.dtype).index_add(0, own.channel, torch.log1p(-p[own.gate]))
+        return 1 - (1 - own.always.to(p.dtype)) * nobody.exp()
+
+    def _on(self, device: torch.device) -> Writers:
+        """Return the same on a device; copied there once."""
+        if self.gate.device == device:
+            return self
+        if device not in self._copies:
+            self._copies[device] = Writers(self.gate.to(device), self.channel.to(device), self.always.to(device))
+        return self._copies[device]
 
 
 class GateLayout:
@@ -42,15 +51,17 @@ class GateLayout:
 
     keep: patterns of layer names (`head.*`, fnmatch) that are not pruned, or that keep at least so many
     channels (`stages.0.*=8`). round_to: widths end as multiples of it. offsets: layer name -> (first gate,
-    number of gates), in graph order. writers: per tensor, over gates and products. A product of two tensors
-    that are both gated has one entry per channel behind the gates (`extended`). Raises InputError for a
+    number of gates), in graph order. least: layer name -> least width, of whole layers their own. writers:
+    per tensor, over gates and products. A product of two tensors that are both gated has one entry per
+    channel behind the gates (`extended`). Raises InputError for a
     pattern that fits no layer.
     """
 
     def __init__(self, network: Network, *, keep: tuple[str, ...] = (), round_to: int = 1) -> None:
         self.network, self.found, self.round_to = network, passages(network), round_to
         reasons = prunable(network, self.found)
-        whole, self.least = _kept_layers(reasons, keep)
+        widths = {str(node.target): self.found[node].width for node in self.found if str(node.target) in reasons}
+        whole, self.least = _kept_layers(reasons, widths, keep)
         self.offsets: dict[str, tuple[int, int]] = {}
         self.size = 0
         self.follows: dict[fx.Node, fx.Node] = {}
@@ -66,6 +77,7 @@ class GateLayout:
         self.products: list[tuple[Writers, Writers]] = []
         self.writers = self._all_writers()
         self.groups = _groups(network, self.found, self.offsets)
+        self.costs = CostCounter(network, self.found)
 
     def __deepcopy__(self, memo: dict[int, object]) -> GateLayout:
         """Return the layout itself: it describes the graph, copies of a gated network share it."""
@@ -148,12 +160,14 @@ class GateLayout:
         return Writers(end + every, every, gated[0].always * gated[1].always), end + passage.width
 
 
-def _kept_layers(reasons: dict[str, str], keep: tuple[str, ...]) -> tuple[set[str], dict[str, int]]:
-    """Return the layers that stay whole and the least widths of others."""
+def _kept_layers(
+    reasons: dict[str, str], widths: dict[str, int], keep: tuple[str, ...]
+) -> tuple[set[str], dict[str, int]]:
+    """Return the layers that stay whole, and the least widths of all that could be pruned."""
     whole, least = set[str](), dict[str, int]()
     for item in keep:
         pattern, equals, number = item.partition("=")
-        names = fnmatch.filter(reasons, pattern)
+        names = fnmatch.filter(widths, pattern)
         if not names or (equals and not number.isdigit()):
             raise InputError(
                 "--keep PATTERN or PATTERN=WIDTH, with a pattern that fits a convolution or linear layer",
@@ -165,7 +179,8 @@ def _kept_layers(reasons: dict[str, str], keep: tuple[str, ...]) -> tuple[set[st
             least |= {name: max(int(number), least.get(name, 0)) for name in names}
         else:
             whole |= set(names)
-    return whole, {name: n for name, n in least.items() if reasons[name] == "" and name not in whole}
+    least = {name: min(n, widths[name]) for name, n in least.items()} | {name: widths[name] for name in whole}
+    return whole, {name: n for name, n in least.items() if reasons[name] == ""}
 
 
 def _groups(network: Network, found: Passages, offsets: dict[str, tuple[int, int]]) -> dict[str, int]:

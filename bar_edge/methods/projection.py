@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, fx
@@ -10,13 +11,13 @@ from torch import Tensor, fx
 from bar_edge.errors import InputError
 from bar_edge.methods.layout import GateLayout
 from bar_edge.network.channels import Passage, is_whole
-from bar_edge.network.cost import count_kept, units
+from bar_edge.network.cost import units
 from bar_edge.records import Budget, ChannelPlan, Counts, Metric
 
 
 def full_counts(layout: GateLayout) -> Counts:
     """Return the costs of the whole network."""
-    return count_kept(layout.network, {}, layout.found)
+    return layout.costs.count({})
 
 
 def budget_limit(layout: GateLayout, budget: Budget) -> float:
@@ -55,14 +56,100 @@ def budget_limit(layout: GateLayout, budget: Budget) -> float:
 
 
 def protected_gates(layout: GateLayout, metric: Metric) -> list[tuple[Tensor, int]]:
-    """Return sets of gates, each with how many of its best stay open: the cheapest path, and least widths.
+    """Return sets of gates, each with how many of its best stay open: the cheapest path, and what `keep` asks for.
 
     The path has one channel per gated layer on it, out of those that reach the next layer (a grouped
-    convolution is fed by its own group, half of a split layer by that half).
+    convolution is fed by its own group, half of a split layer by that half). A layer with a least width has
+    a path of its own, so that its channels are fed and read. Raises InputError if too few of them can be.
     """
     best = _cheapest(layout, metric)
+    sets, least = _walk(layout, best)[0], list[tuple[Tensor, int]]()
+    for name, n in layout.least.items():
+        own, reached = _path_through(layout, best, name, n)
+        for other, asked in own.items():
+            sets.setdefault(other, []).extend(asked)
+        if name in layout.offsets:
+            least.append((reached + layout.offsets[name][0], n))
+    # what a smaller set protects is enough for a larger one
+    needed = {(name, one) for name, all_ in sets.items() for one in all_ if not any(other < one for other in all_)}
+    order = sorted(needed, key=lambda entry: (layout.offsets[entry[0]][0], sorted(entry[1])))
+    path = [(torch.tensor(sorted(ids)) + layout.offsets[name][0], 1) for name, ids in order]
+    return path + least
+
+
+Sets = dict[str, list[frozenset[int]]]
+
+
+def _path_through(layout: GateLayout, best: dict[fx.Node, float], name: str, n: int) -> tuple[Sets, Tensor]:
+    """Return the sets of a path through a layer, and at least n of its channels that are fed and read there.
+
+    As many of the layers that read it are on it as that takes, those nearest to an output first; a layer
+    that is kept as a whole may have fewer.
+    """
+    reached: set[int] = set()
+    found: Sets = {}
+    for path in (path for call in layout.calls(name) for path in _ways_out(layout, call)):
+        sets, asked = _walk(layout, best | dict.fromkeys(path, -1.0), set(path), n)
+        more = {channel for own in asked.get(name, []) for channel in own.tolist()} - reached
+        if more:
+            reached |= more
+            for other, channels in sets.items():
+                found.setdefault(other, []).extend(channels)
+        if len(reached) >= n:
+            break
+    if len(reached) < n and name in layout.offsets:
+        raise InputError(
+            f"--keep {name}={len(reached)} or less",
+            got=f"{name}={n}",
+            consequence=f"only {len(reached)} of its channels are sure to be read",
+            remedy=f"--keep {name} without a number, and the layers that read it",
+        )
+    return found, torch.tensor(sorted(reached), dtype=torch.int64)
+
+
+def _ways_out(layout: GateLayout, start: fx.Node) -> list[list[fx.Node]]:
+    """Return paths from a tensor to an output, one through each layer or operator that reads it, the shortest first."""
+    after: dict[fx.Node, tuple[int, fx.Node]] = {}  # how many layers follow, and which node comes next
+    for node in reversed(layout.network.nodes):
+        ways = [(after[user][0] + _ends(layout, user), user) for user in node.users if user in after]
+        if node.op == "output":
+            after[node] = 0, node
+        elif ways:
+            after[node] = min(ways, key=lambda way: way[0])
+    before: dict[fx.Node, fx.Node] = {}
+    pending, ends = [start], list[fx.Node]()
+    for node in pending:
+        for user in node.users:
+            if user in after and user not in before:
+                before[user] = node
+                (ends if _ends(layout, user) else pending).append(user)
+    paths = []
+    for end in sorted(ends, key=lambda end: after[end][0]):
+        path = [end]
+        while path[-1] is not start:
+            path.append(before[path[-1]])
+        while path[0].op != "output":
+            path.insert(0, after[path[0]][1])
+        paths.append(path)
+    return paths
+
+
+def _ends(layout: GateLayout, node: fx.Node) -> bool:
+    """Tell whether channels end at a node: a layer, an operator without a rule, an output."""
+    return node not in layout.found or layout.found[node].kind == "read" or is_whole(layout.found[node])
+
+
+def _walk(
+    layout: GateLayout, best: dict[fx.Node, float], wide: Collection[fx.Node] = (), n: int = 1
+) -> tuple[Sets, dict[str, list[Tensor]]]:
+    """Walk from the outputs to the inputs the way that costs least.
+
+    Returns sets of channels by gated layer, one of each of which is needed, and for every layer which of
+    its channels were asked for. At the nodes in `wide`, n channels are wanted, of all groups.
+    """
     wanted: dict[fx.Node, list[Tensor]] = {}
-    sets: dict[str, list[frozenset[int]]] = {}
+    sets: Sets = {}
+    asked_of: dict[str, list[Tensor]] = {}
     for node in reversed(layout.network.nodes):
         passage, asked = layout.found.get(node), wanted.pop(node, [])
         if node.op == "output" or (asked and (passage is None or is_whole(passage))):
@@ -71,34 +158,28 @@ def protected_gates(layout: GateLayout, metric: Metric) -> list[tuple[Tensor, in
                 wanted.setdefault(source, []).append(torch.arange(width))
         elif passage is not None:
             for channels in asked:
-                own = _of_one_group(passage, channels)
-                if str(node.target) in layout.offsets and passage.kind == "read":
-                    sets.setdefault(str(node.target), []).append(frozenset(own.tolist()))
-                for source, inputs in _path_inputs(layout, node, own, best):
-                    wanted.setdefault(source, []).append(inputs)
-    # what a smaller set protects is enough for a larger one
-    needed = {(name, one) for name, all_ in sets.items() for one in all_ if not any(other < one for other in all_)}
-    order = sorted(needed, key=lambda entry: (layout.offsets[entry[0]][0], sorted(entry[1])))
-    path = [(torch.tensor(sorted(ids)) + layout.offsets[name][0], 1) for name, ids in order]
-    least = [
-        (torch.arange(layout.offsets[name][1]) + layout.offsets[name][0], min(n, layout.offsets[name][1]))
-        for name, n in layout.least.items()
-    ]
-    return path + least
+                for own in _by_group(passage, channels)[: None if node in wide else 1]:
+                    if passage.kind == "read":
+                        asked_of.setdefault(str(node.target), []).append(own)
+                        if str(node.target) in layout.offsets:
+                            sets.setdefault(str(node.target), []).append(frozenset(own.tolist()))
+                    for source, inputs in _path_inputs(layout, node, own, best, n if node in wide else 1):
+                        wanted.setdefault(source, []).append(inputs)
+    return sets, asked_of
 
 
-def _of_one_group(passage: Passage, channels: Tensor) -> Tensor:
-    """Return the channels of the first group among a grouped reader's: one group is enough."""
-    per_group = passage.width // passage.groups if passage.kind == "read" else passage.width
-    return channels[channels // per_group == channels[0] // per_group]
+def _by_group(passage: Passage, channels: Tensor) -> list[Tensor]:
+    """Return the channels of each group of a grouped reader; one group is enough for the others to go."""
+    group = channels // (passage.width // passage.groups if passage.kind == "read" else passage.width)
+    return [channels[group == g] for g in sorted(set(group.tolist()))]
 
 
 def _path_inputs(
-    layout: GateLayout, node: fx.Node, channels: Tensor, best: dict[fx.Node, float]
+    layout: GateLayout, node: fx.Node, channels: Tensor, best: dict[fx.Node, float], n: int
 ) -> list[tuple[fx.Node, Tensor]]:
     """Return which channels of which inputs keep one of a tensor's `channels` alive, the cheapest way.
 
-    Of a product it is the first channel, in all factors.
+    Of a product in which factors beside the wanted one are gated it is the first n channels, in all factors.
     """
     passage, found = layout.found[node], layout.found
     whole = [(s, torch.arange(found[s].width)) for s in node.all_input_nodes if s in found and is_whole(found[s])]
@@ -109,7 +190,13 @@ def _path_inputs(
         return whole or [(source, torch.arange(group * inputs, (group + 1) * inputs))]
     links = [link for link in passage.links if torch.isin(link.outputs, channels).any()]
     if passage.kind == "mul":
-        return whole + [(link.source, link.inputs[link.outputs == channels[0]]) for link in links]
+        gated = [link for link in links if not layout.writers[link.source].always[link.inputs].all()]
+        beside = [link for link in gated if best[link.source] >= 0]
+        together = len(beside) > (0 if any(best[link.source] < 0 for link in links) else 1)
+        chosen = [channel.view(1) for channel in channels[:n]] if together else [channels]
+        return whole + [
+            (link.source, torch.unique(link.inputs[torch.isin(link.outputs, one)])) for link in links for one in chosen
+        ]
     link = min(links, key=lambda link: best[link.source])
     return [(link.source, torch.unique(link.inputs[torch.isin(link.outputs, channels)]))]
 
@@ -136,7 +223,7 @@ def _cheapest(layout: GateLayout, metric: Metric) -> dict[fx.Node, float]:
 
 def protected_layers(layout: GateLayout, metric: Metric) -> list[str]:
     """Return the gated layers on the cheapest path, from an input to the outputs."""
-    first = {int(ids[0]) for ids, n in protected_gates(layout, metric)}
+    first = {int(ids[0]) for ids, _ in protected_gates(layout, metric)}
     return [name for name, (start, n) in layout.offsets.items() if any(start <= i < start + n for i in first)]
 
 
@@ -149,7 +236,7 @@ def smallest_cost(layout: GateLayout, metric: Metric) -> int:
 
 def _cost_of(layout: GateLayout, bundle: Tensor, opened: Tensor, metric: Metric) -> int:
     """Return the cost of some open bundles."""
-    return count_kept(layout.network, layout.kept(torch.isin(bundle, opened)), layout.found).of(metric)
+    return layout.costs.count(layout.kept(torch.isin(bundle, opened))).of(metric)
 
 
 def _best(layout: GateLayout, scores: Tensor, metric: Metric) -> Tensor:
@@ -209,7 +296,7 @@ def project(
         return open_bundles[bundle]
 
     def cost(closed: int) -> int:
-        return count_kept(layout.network, layout.kept(left(closed)), layout.found).of(metric)
+        return layout.costs.count(layout.kept(left(closed))).of(metric)
 
     low, high = -1, len(order)  # cost(high) fits, cost(low) does not
     assert cost(high) <= limit, "the cheapest path fits every feasible budget"

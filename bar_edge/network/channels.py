@@ -47,7 +47,7 @@ class Passage:
         pick     a map that does nothing but choose and reorder channels
         norm     a map that takes statistics over the channels of its input
         add      a channel exists if it does in one of the inputs
-        mul      a channel exists if it does in all of the inputs
+        mul      a channel exists if it does in all of the inputs (products and quotients)
         spread   moved elements without an axis for their channels; links, numbers: where they come from
         opaque   no rule: inputs at full width, the result always there
     axis, width: where the channels lie and how many the dense network has. keeps_zero: a channel of zeros
@@ -270,6 +270,16 @@ def _reduce(network: Network, node: fx.Node, found: Passages) -> Passage | None:
     return _identity(node, source, found, axis if keepdim else axis - sum(d < axis for d in gone), True)
 
 
+def _first_of_two(rule: Rule) -> Rule:
+    """Rule of an operator that returns values and indices, of which only the values are read."""
+
+    def first(network: Network, node: fx.Node, found: Passages) -> Passage | None:
+        values = all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
+        return rule(network, node, found) if values else None
+
+    return first
+
+
 def _over_positions(network: Network, node: fx.Node, found: Passages) -> Passage | None:
     """Rule of an operator along one axis without channels (softmax, cumsum): of each channel alone, f(0) != 0."""
     source, dim = _source(node, found), node.args[1]
@@ -378,10 +388,13 @@ def parameter_axis(network: Network, parameter: Tensor, node: fx.Node, axis: int
     return own if own >= 0 and parameter.shape[own] > 1 else None
 
 
-def _div(network: Network, node: fx.Node, found: Passages) -> Passage | None:
-    b = node.args[1]
-    plain = isinstance(b, int | float) or (isinstance(b, fx.Node) and is_constant(b))
-    return _elementwise("mul")(network, node, found) if plain else None
+def has_pole(node: fx.Node) -> bool:
+    """Tell whether an operator's value or slope at 0 is infinite: absent channels must not reach it as zeros."""
+    if node.target is aten.pow.Tensor_Scalar:
+        return float(node.args[1]) < 1  # type: ignore[arg-type]
+    if node.target is aten.div.Tensor:
+        return isinstance(node.args[1], fx.Node) and not is_constant(node.args[1])
+    return node.target in POLES
 
 
 def _mixed_add(network: Network, node: fx.Node, found: Passages) -> Passage | None:
@@ -487,7 +500,7 @@ PER_ELEMENT_ZERO = (
     "atan sinh asinh erf expm1 log1p sign round floor ceil trunc hardshrink softshrink tanhshrink rrelu "
     "_to_copy to.dtype type_as prelu"
 )
-PER_ELEMENT = "sigmoid hardsigmoid softplus exp cos cosh log_sigmoid rsub.Scalar"
+PER_ELEMENT = "sigmoid hardsigmoid softplus exp cos cosh log_sigmoid rsub.Scalar rsqrt reciprocal log log2 log10"
 POOLS = (
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
     "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d.fixed upsample_nearest1d.vec "
@@ -497,7 +510,11 @@ POOLS = (
     "upsample_bicubic2d _upsample_bilinear2d_aa.vec reflection_pad1d reflection_pad2d reflection_pad3d "
     "replication_pad1d replication_pad2d replication_pad3d"
 )
-REDUCTIONS = "mean.dim sum.dim_IntList amax amin var.correction std.correction"
+REDUCTIONS = "mean.dim sum.dim_IntList amax amin var.dim var.correction std.dim std.correction"
+PAIRED_POOLS = (
+    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices max_pool2d_with_indices "
+    "max_pool3d_with_indices"
+)
 
 
 def _operators(names: str) -> list[object]:
@@ -507,6 +524,7 @@ def _operators(names: str) -> list[object]:
     return [getattr(packet, overload) for packet, overload in packets if hasattr(packet, overload)]
 
 
+POLES = set(_operators("sqrt rsqrt reciprocal log log2 log10"))
 RULES: dict[object, Rule] = {
     **dict.fromkeys([*CONVOLUTIONS, *TRANSPOSED], _conv),
     nn.Linear: _linear,
@@ -530,8 +548,10 @@ RULES: dict[object, Rule] = {
     **dict.fromkeys(COPIES, _copied),
     aten.cat.default: _cat,
     **dict.fromkeys([aten.add.Tensor, aten.sub.Tensor], _elementwise("add")),
-    aten.mul.Tensor: _elementwise("mul"),
-    aten.div.Tensor: _div,
+    **dict.fromkeys([aten.mul.Tensor, aten.div.Tensor], _elementwise("mul")),
+    **dict.fromkeys(_operators(PAIRED_POOLS), _first_of_two(_first_axis(True))),
+    **dict.fromkeys(_operators("max.dim min.dim"), _first_of_two(_reduce)),
+    operator.getitem: _same_axis(True),
 }
 
 #: leaves that surgery makes; they are not the user's operators

@@ -45,7 +45,7 @@ MODULES |= {
     nn.Dropout3d: ("p",),
     MixedAdd: ("width", "positions_a", "positions_b"),
     Expand: ("axis", "width", "positions"),
-    PartialNorm: ("axis", "group_width", "membership", "eps", "affine"),
+    PartialNorm: ("axis", "group_width", "membership", "eps", "affine", "bias"),
 }
 _MODULES_BY_NAME = {kind.__name__: kind for kind in MODULES}
 _PYTHON_CALLS: dict[str, Callable[..., Any]] = {
@@ -69,6 +69,7 @@ def describe(body: fx.GraphModule, input_shapes: Shapes, out_spec: Any) -> dict[
         "tensors": {name: _describe_tensor(body, name) for name in tensors},
         "dtypes": {name: _dtype_name(body.get_submodule(name)) for name in called},
         "aliases": {name: source for name, source in _aliases(state).items() if name != source},
+        "frozen": sorted(name for name, p in body.named_parameters() if not p.requires_grad),
         "nodes": [
             {
                 "name": node.name,
@@ -236,7 +237,8 @@ def attach(root: nn.Module, name: str, value: nn.Module | Tensor, *, parameter: 
     if isinstance(value, nn.Module):
         parent.add_module(last, value)
     elif parameter or isinstance(value, nn.Parameter):
-        parent.register_parameter(last, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
+        learns = value.is_floating_point()
+        parent.register_parameter(last, value if isinstance(value, nn.Parameter) else nn.Parameter(value, learns))
     else:
         parent.register_buffer(last, value)
 

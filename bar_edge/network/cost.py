@@ -132,23 +132,30 @@ def _parameter_units(network: Network, found: Passages, node: fx.Node, counted: 
 
 def count(network: Network, plan: ChannelPlan | None = None) -> Counts:
     """Return the costs of the network, or of what slicing it by the plan leaves (liveness closed)."""
-    return count_kept(network, plan.kept if plan is not None else {})
+    return CostCounter(network, passages(network)).count(plan.kept if plan is not None else {})
 
 
-def count_kept(network: Network, kept: Mapping[str, Sequence[int]], found: Passages | None = None) -> Counts:
-    """Return the costs for kept channels by layer name; `found` saves the analysis."""
-    found = passages(network) if found is None else found
-    held = held_channels(network, kept, found)
-    volume = flops = params = 0
-    again: dict[str, int] = dict.fromkeys(called_again(network), 0)
-    for unit in units(network, found):
-        v, f, p = unit_costs(unit, held)
-        volume, flops, name = volume + v, flops + f, str(unit.node.target)
-        if name in again:  # a module that is called twice has its parameters once
-            again[name] = max(again[name], p)
-        else:
-            params += p
-    return Counts(volume=volume, flops=flops, params=params + sum(again.values()) + loose_params(network, found))
+class CostCounter:
+    """Counts the costs of one network for many choices of channels."""
+
+    def __init__(self, network: Network, found: Passages) -> None:
+        self.network, self.found = network, found
+        self.units, self.loose_params = units(network, found), loose_params(network, found)
+        self.again = called_again(network)
+
+    def count(self, kept: Mapping[str, Sequence[int]]) -> Counts:
+        """Return the costs for kept channels by layer name (absent name: all), liveness closed."""
+        held = held_channels(self.network, kept, self.found)
+        volume = flops = params = 0
+        again = dict.fromkeys(self.again, 0)
+        for unit in self.units:
+            v, f, p = unit_costs(unit, held)
+            volume, flops, name = volume + v, flops + f, str(unit.node.target)
+            if name in again:  # a module that is called twice has its parameters once
+                again[name] = max(again[name], p)
+            else:
+                params += p
+        return Counts(volume=volume, flops=flops, params=params + sum(again.values()) + self.loose_params)
 
 
 def count_executed(network: Network) -> Counts:

@@ -68,14 +68,17 @@ class PartialNorm(nn.Module):
     """GroupNorm or LayerNorm of a tensor some of whose channels are absent: zeros that count in the statistics.
 
     x: (N, n, ...) for axis 1, (..., n) for axis -1 and one group -> the same shape. Channel i belongs to
-    group `membership[i]`; the dense network has `group_width` channels in every group.
+    group `membership[i]`; the dense network has `group_width` channels in every group. Half precision is
+    normalised in float32, as torch does.
     """
 
     _member: Tensor
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def __init__(self, axis: int, group_width: int, membership: tuple[int, ...], eps: float, affine: bool) -> None:
+    def __init__(
+        self, axis: int, group_width: int, membership: tuple[int, ...], eps: float, affine: bool, bias: bool = True
+    ) -> None:
         super().__init__()
         assert axis == 1 or (axis == -1 and not any(membership))
         self.axis, self.group_width, self.membership, self.eps, self.affine = axis, group_width, membership, eps, affine
@@ -83,25 +86,30 @@ class PartialNorm(nn.Module):
         member = torch.zeros(len(membership), len(groups))
         member[torch.arange(len(membership)), [groups.index(group) for group in membership]] = 1
         self.register_buffer("_member", member, persistent=False)
-        for name in ("weight", "bias"):
-            self.register_parameter(name, nn.Parameter(torch.ones(len(membership))) if affine else None)
+        self.register_parameter("weight", nn.Parameter(torch.ones(len(membership))) if affine else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(len(membership))) if affine and bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised channels that are there."""
-        y = self._normalised(x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)) if self.axis == 1 else self._last(x)
-        if self.weight is not None and self.bias is not None:
-            shape = [1, -1, *[1] * (x.ndim - 2)] if self.axis == 1 else [-1]
-            return y.view_as(x) * self.weight.view(shape) + self.bias.view(shape)
-        return y.view_as(x)
+        wide = x if x.dtype == torch.float64 else x.float()
+        y = (self._grouped if self.axis == 1 else self._last)(wide)
+        shape = [1, -1, *[1] * (x.ndim - 2)] if self.axis == 1 else [-1]
+        if self.weight is not None:
+            y = y * self.weight.view(shape)
+        if self.bias is not None:
+            y = y + self.bias.view(shape)
+        return y.to(x.dtype)
 
-    def _normalised(self, x: Tensor) -> Tensor:
-        """x: (N, n, area); sums over a group are products with the (n, groups) matrix of membership."""
+    def _grouped(self, x: Tensor) -> Tensor:
+        """Sums over a group go through the (n, groups) matrix of membership; no matmul: autocast would halve it."""
+        shape, x = x.shape, x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)
         member, size = self._member.to(x.dtype), self.group_width * x.shape[2]
-        mean = x.sum(2) @ member / size
-        centred = x - (mean @ member.t()).unsqueeze(2)
+        mean = (x.sum(2).unsqueeze(2) * member).sum(1) / size
+        centred = x - (mean.unsqueeze(1) * member).sum(2, keepdim=True)
         absent = self.group_width - member.sum(0)
-        variance = (centred.square().sum(2) @ member + absent * x.shape[2] * mean.square()) / size
-        return centred * ((variance + self.eps).rsqrt() @ member.t()).unsqueeze(2)
+        squares = (centred.square().sum(2).unsqueeze(2) * member).sum(1)
+        scale = ((squares + absent * x.shape[2] * mean.square()) / size + self.eps).rsqrt()
+        return (centred * (scale.unsqueeze(1) * member).sum(2, keepdim=True)).view(shape)
 
     def _last(self, x: Tensor) -> Tensor:
         mean = x.sum(-1, keepdim=True) / self.group_width

@@ -34,7 +34,7 @@ class Network(nn.Module):
         self.body, self.input_shapes, self.out_spec = body, input_shapes, out_spec
         body.graph.lint()
         _check_structure(out_spec, len(body.graph.output_node().args[0]))  # type: ignore[arg-type]
-        self.shapes, self.sizes = _propagate_shapes(body, input_shapes)
+        self.shapes, self.sizes = propagate_shapes(body, input_shapes)
 
     def forward(self, *inputs: Tensor) -> Any:
         """Run the graph and return what the user's module returned."""
@@ -51,9 +51,9 @@ class Network(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the graph and its modules' settings, not of the weights, their types or whether norms have any."""
+        """Hash of the graph and its modules' settings, not of the weights, their types, which are frozen or absent."""
         described = describe(self.body, self.input_shapes, self.out_spec)
-        del described["dtypes"]
+        del described["dtypes"], described["frozen"]
         for settings in described["modules"].values():
             settings.pop("affine", None)
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
@@ -86,6 +86,8 @@ class Network(nn.Module):
             network.body.load_state_dict(tensors)
             for name, source in data["aliases"].items():
                 tie(network.body, name, source)
+            for name in data.get("frozen", []):  # files of older versions have none
+                network.body.get_parameter(name).requires_grad_(False)
         except Exception as error:  # the files may be anybody's: whatever they make us stumble over is their fault
             raise InputError(
                 "a complete network folder",
@@ -133,9 +135,10 @@ def is_network_folder(folder: Path) -> bool:
     return (folder / "network.json").is_file()
 
 
-def _propagate_shapes(
-    body: fx.GraphModule, input_shapes: tuple[tuple[int, ...], ...]
+def propagate_shapes(
+    body: fx.GraphModule, input_shapes: tuple[tuple[int, ...], ...], n: int = 2
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, int | float]]:
+    """Return the shape of every tensor of a graph, and every other value, for a batch of n."""
     shapes: dict[str, tuple[int, ...]] = {}
     sizes: dict[str, int | float] = {}
 
@@ -144,8 +147,9 @@ def _propagate_shapes(
             module = body.get_submodule(str(n.target)) if n.op == "call_module" else None
             same = isinstance(module, _KEEP_SHAPE)  # fake BatchNorm takes a hundredth of a second
             value = self.fetch_args_kwargs_from_env(n)[0][0] if same else super().run_node(n)
-            if isinstance(value, Tensor):
-                shapes[n.name] = tuple(value.shape)
+            first = value[0] if isinstance(value, tuple | list) and n.target in _PAIRS else value
+            if isinstance(first, Tensor):
+                shapes[n.name] = tuple(first.shape)
             elif isinstance(value, int | float):
                 sizes[n.name] = value
             return value
@@ -155,10 +159,21 @@ def _propagate_shapes(
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         device = next((p.device for p in body.parameters()), torch.device("cpu"))
         dtype = next((p.dtype for p in body.parameters()), torch.float32)
-        Recorder(body).run(*(torch.empty(2, *shape, device=device, dtype=dtype) for shape in input_shapes))
+        Recorder(body).run(*(torch.empty(n, *shape, device=device, dtype=dtype) for shape in input_shapes))
     for module, training in modes.items():
         module.training = training
     return shapes, sizes
 
 
 _KEEP_SHAPE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout)
+#: operators that return values and their indices: their shape is that of the values
+_PAIRS = {
+    torch.ops.aten.max.dim,
+    torch.ops.aten.min.dim,
+    torch.ops.aten.adaptive_max_pool1d.default,
+    torch.ops.aten.adaptive_max_pool2d.default,
+    torch.ops.aten.adaptive_max_pool3d.default,
+    torch.ops.aten.max_pool1d_with_indices.default,
+    torch.ops.aten.max_pool2d_with_indices.default,
+    torch.ops.aten.max_pool3d_with_indices.default,
+}

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from bar_edge.errors import InputError
 from bar_edge.network.codec import attach
+from bar_edge.network.movement import COPIES, MOVEMENTS, moved, numbered
 from bar_edge.network.network import Network, structure_of
 
 aten = torch.ops.aten
@@ -38,7 +39,10 @@ def trace(module: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Net
     spec = program.call_spec.out_spec
     assert spec is not None
     structure = structure_of(pytree.tree_unflatten(range(spec.num_leaves), spec))
-    return Network(body, shapes, structure).train(module.training)
+    network = Network(body, shapes, structure)
+    if _name_pixel_shuffles(network):
+        network = Network(body, shapes, structure)
+    return network.train(module.training)
 
 
 def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
@@ -150,6 +154,52 @@ def _is_free(size: Any) -> bool:
     return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
 
 
+def _name_pixel_shuffles(network: Network) -> bool:
+    """Replace views and permutations that make a pixel shuffle by that one operator; tell whether there were any.
+
+    Proven on the elements' numbers: the views of a space-to-depth in another order stay as they are.
+    """
+    replaced = False
+    for node in network.nodes:
+        shape, base = network.shapes.get(node.name, ()), _before_views(network, node)
+        before = network.shapes[base.name] if base is not None else ()
+        if base is None or len(shape) != 4 or len(before) != 4 or shape[0] != before[0]:
+            continue
+        up = shape[2] > before[2]
+        factor = shape[2] // before[2] if up else before[2] // max(1, shape[2])
+        operator_ = aten.pixel_shuffle.default if up else aten.pixel_unshuffle.default
+        sizes = shape[1] * factor**2 == before[1] if up else before[1] * factor**2 == shape[1]
+        if factor < 2 or not sizes or before[2:] == shape[2:]:
+            continue
+        if torch.equal(operator_(numbered(before), factor), _moved_from(network, base, node)):
+            with network.body.graph.inserting_before(node):
+                named = network.body.graph.call_function(operator_, (base, factor))
+            named.meta |= node.meta
+            node.replace_all_uses_with(named)
+            replaced = True
+    network.body.graph.eliminate_dead_code()
+    network.body.recompile()
+    return replaced
+
+
+def _before_views(network: Network, node: fx.Node) -> fx.Node | None:
+    """Return the tensor with four axes that a chain of views and permutations with more axes starts from."""
+    while node.target in MOVEMENTS | COPIES and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+        if len(network.shapes.get(node.name, ())) <= 4:
+            return node if node.name in network.shapes and node.op != "get_attr" else None
+    return None
+
+
+def _moved_from(network: Network, base: fx.Node, node: fx.Node) -> Tensor:
+    """Return what the movements between two nodes make of the numbers of the first one's elements."""
+    if node is base:
+        return numbered(network.shapes[base.name])
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return moved(node, _moved_from(network, base, source), network.sizes, {})
+
+
 def _across_batch(node: fx.Node, rank: int) -> bool:
     """Tell whether an operator mixes the entries of the first axis."""
     if node.target in _OVER_ALL:
@@ -179,6 +229,8 @@ _ALONG_AXES = {
     aten.softmax.int,
     aten.log_softmax.int,
     aten.cumsum.default,
+    aten.std.dim,
+    aten.var.dim,
     aten.std.correction,
     aten.var.correction,
     aten.sort.default,

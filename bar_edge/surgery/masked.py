@@ -27,11 +27,11 @@ def masked_outputs(network: Network, plan: ChannelPlan, *inputs: Tensor) -> Any:
     class Masking(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
-            if n not in held or is_whole(found[n]) or found[n].kind == "spread":
+            if n not in held or is_whole(found[n]) or found[n].kind == "spread" or not isinstance(value, Tensor):
                 return value
             shape = [1] * value.ndim
             shape[found[n].axis] = -1
-            return value * held[n].to(value).view(shape)
+            return value.masked_fill(~held[n].to(value.device).view(shape), 0)  # 0 * infinity would not be 0
 
     training = network.training
     network.eval()

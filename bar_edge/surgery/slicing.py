@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from bar_edge.errors import InputError
 from bar_edge.network import Expand, MixedAdd, Network
 from bar_edge.network.channels import (
     CONVOLUTIONS,
@@ -28,6 +32,7 @@ from bar_edge.network.codec import attach
 from bar_edge.network.liveness import held_channels
 from bar_edge.network.mixed import PartialNorm
 from bar_edge.network.movement import MOVEMENTS, RESHAPES, numbered
+from bar_edge.network.network import propagate_shapes
 from bar_edge.records import ChannelPlan
 from bar_edge.surgery.check import check_plan
 from bar_edge.surgery.order import first_write_ranks
@@ -52,7 +57,10 @@ class _Slicer:
 
     def __init__(self, network: Network, found: Passages, held: dict[fx.Node, Tensor]) -> None:
         self.network, self.found, self.held = network, found, held
-        self.ranks, self.again = first_write_ranks(found, held), called_again(network)
+        ranks = first_write_ranks(found, held)
+        # a MixedAdd, of a network that was sliced before, joins streams of other widths
+        self.ranks = {node: rank for node, rank in ranks.items() if len(rank) == found[node].width}
+        self.again = called_again(network)
         self.root, self.graph = nn.Module(), fx.Graph()
         self.made: dict[fx.Node, fx.Node] = {}
         self.order: dict[fx.Node, Tensor] = {}
@@ -275,7 +283,7 @@ class _Slicer:
         a, b = (tuple(position[int(channel)] for channel in place) for place in places)
         if b == tuple(range(len(b))) and a != tuple(range(len(a))):  # the stream first, what is added second
             a, b, operands = b, a, operands[::-1]
-        name = node.name if node.op == "call_function" else str(node.target)
+        name = self._free_name(node.name) if node.op == "call_function" else str(node.target)
         attach(self.root, name, MixedAdd(len(ids), a, b))
         self.order[node], self.made[node] = ids, self.graph.call_module(name, tuple(operands))
 
@@ -324,15 +332,15 @@ class _Slicer:
         place = {channel: i for i, channel in enumerate(order.tolist())}
         there = [i for i, channel in enumerate(ids.tolist()) if channel in place]
         if not there:
-            shape = list(self.network.shapes[node.name])
-            shape[axis] = len(ids)
-            return self._zeros(shape)
+            lengths = [self._length(node, i) for i in range(len(self.network.shapes[node.name]))]
+            lengths[axis] = len(ids)
+            return self.graph.call_function(aten.new_zeros.default, (self._first_input(), lengths))
         wanted = ids.tolist()
         picked = torch.tensor([place[wanted[i]] for i in there])
         taken = self._select(self.made[node], axis, picked, len(order))
         if len(there) == len(ids):
             return taken
-        name = f"expand_{node.name}_{len(self.graph.nodes)}"
+        name = self._free_name(f"expand_{node.name}")
         attach(self.root, name, Expand(axis, len(ids), tuple(there)))
         return self.graph.call_module(name, (taken,))
 
@@ -343,7 +351,7 @@ class _Slicer:
             if n == width:
                 return x
             return self.graph.call_function(aten.slice.Tensor, (x, axis, first, first + n))
-        name = f"channels_{len(self.graph.nodes)}"
+        name = self._free_name("channels")
         attach(self.root, name, places.clone())
         return self.graph.call_function(aten.index_select.default, (x, axis, self.graph.get_attr(name)))
 
@@ -373,7 +381,7 @@ class _Slicer:
         """Give the new network a tensor that its graph reads by itself; under a new name if a module owns it too."""
         name, owner = str(node.target), str(node.target).rpartition(".")[0]
         called = any(n.op == "call_module" and n.target == owner for n in self.network.nodes)
-        name = name.replace(".", "_") if called else name
+        name = self._free_name(name.replace(".", "_")) if called else name
         attach(self.root, name, value)
         return self.graph.get_attr(name)
 
@@ -386,8 +394,10 @@ class _Slicer:
                 self.made[node] = self._attach_tensor(node, _copy(attribute(self.network, node)))
             return self.made[node]
         if node not in self.found:
-            if node.target is aten.sym_size.int and node.args[1] == 0:
-                return self._batch_size()
+            if node.target is aten.sym_size.int and node.args[0] in self.found:  # whose tensor may be gone
+                length = self._length(*node.args)  # type: ignore[arg-type]
+                assert isinstance(length, fx.Node), "torch.export asks only for sizes that the batch changes"
+                return length
             return self.made[node]
         passage = self.found[node]
         if passage.kind == "spread":
@@ -396,8 +406,31 @@ class _Slicer:
             return self.made[node]
         return self._laid_out(node, torch.arange(passage.width))
 
-    def _zeros(self, shape: list[Any]) -> fx.Node:
-        return self.graph.call_function(aten.new_zeros.default, (self._first_input(), [self._batch_size(), *shape[1:]]))
+    def _free_name(self, wanted: str) -> str:
+        """Return a name for a part of the new network that no part of either network has."""
+        names = itertools.chain([wanted], (f"{wanted}_{i}" for i in itertools.count(1)))
+        return next(name for name in names if not hasattr(self.root, name) and not hasattr(self.network.body, name))
+
+    def _length(self, node: fx.Node, axis: int) -> int | fx.Node:
+        """Return the length of an axis of a dense tensor: a number, or a multiple of the batch size."""
+        if node.op == "placeholder" and axis == 0:
+            return self._batch_size()
+        two, three = self.network.shapes[node.name][axis], self._of_three[node.name][axis]
+        if two == three:
+            return two
+        if two * 3 != three * 2:
+            raise InputError(
+                "a network whose tensors grow with the batch",
+                got=f"'{node.name}' with {two} entries for 2 images and {three} for 3",
+                remedy="keep the batch as an axis of its own",
+            )
+        n = self._batch_size()
+        return n if two == 2 else self.graph.call_function(operator.mul, (n, two // 2))
+
+    @functools.cached_property
+    def _of_three(self) -> dict[str, tuple[int, ...]]:
+        """The dense shapes for a batch of 3."""
+        return propagate_shapes(self.network.body, self.network.input_shapes, 3)[0]
 
     def _first_input(self) -> fx.Node:
         first: fx.Node = next(node for node in self.graph.nodes if node.op == "placeholder")
@@ -532,10 +565,9 @@ def _slice_norm(module: nn.Module, ids: Tensor) -> nn.Module:
     if len(ids) == whole:
         return copy.deepcopy(module)
     assert isinstance(module.eps, float)
-    new = PartialNorm(axis, width, tuple(membership[ids].tolist()), module.eps, affine)
-    if affine:
-        weight, bias = module.weight, module.bias
-        assert isinstance(weight, nn.Parameter)
-        _take(new, "weight", weight[ids.to(weight.device)])
-        _take(new, "bias", bias[ids.to(weight.device)] if isinstance(bias, Tensor) else torch.zeros(len(ids)))
+    weight, bias = module.weight, module.bias
+    new = PartialNorm(axis, width, tuple(membership[ids].tolist()), module.eps, affine, bias is not None)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if isinstance(tensor, nn.Parameter):
+            setattr(new, name, _copy(tensor, tensor[ids.to(tensor.device)]))
     return new.to(next((p.device for p in module.parameters()), torch.device("cpu")))

@@ -94,12 +94,24 @@ Resume = Annotated[bool, _option("--resume", text="Go on with a run that was sto
 RunOut = Annotated[Path, _option("--out", metavar="RUN", text="The run's folder.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that prune wrote.")]
 Target = Annotated[
-    str, _option("--target", metavar="NAME", text="Kind of file to write: onnx, or torch (model.py with its weights).")
+    str,
+    _option(
+        "--target", metavar="NAME", text="What to write: onnx, openvino, trt (an engine), trt-bundle, torch (model.py)."
+    ),
 ]
-Precision = Annotated[str, _option("--precision", metavar="NAME", text="Numbers in the file: fp32.")]
+Precision = Annotated[
+    str, _option("--precision", metavar="NAME", text="Numbers in the file: fp32, fp16, bf16 (trt) or int8.")
+]
 Lowering = Annotated[
-    str, _option("--lowering", metavar="NAME", text="How additions run: auto, paper, slices, zero-filled or regular.")
+    str,
+    _option(
+        "--lowering",
+        metavar="NAME",
+        text="How additions run: auto (measured here), paper, or slices, pad, gather, scatter, blocks, zero-filled, "
+        "regular, with widths rounded up as in slices:4; one for all residual streams or one each, with commas.",
+    ),
 ]
+ChoiceSeconds = Annotated[float, _option("--choice-seconds", metavar="S", text="How long --lowering auto may measure.")]
 WithPreprocessing = Annotated[
     bool, _option("--with-preprocessing", text="Put the normalisation into the graph, which then takes uint8.")
 ]
@@ -109,6 +121,15 @@ Runtime = Annotated[
 ]
 Threads = Annotated[int, _option("--threads", metavar="N", text="Threads of the runtime.")]
 Seconds = Annotated[float, _option("--seconds", metavar="S", text="How long to measure.")]
+On = Annotated[
+    str,
+    _option(
+        "--on",
+        metavar="WHERE",
+        text="local, or ssh://[user@]host[:port]: a device with Python 3.8 and the runtime; "
+        "a path behind it names the Python there.",
+    ),
+]
 Json = Annotated[bool, _option("--json", text="Write exactly one JSON object to stdout, all else to stderr.")]
 Debug = Annotated[bool, _option("--debug", text="Show the traceback of an error.")]
 
@@ -215,26 +236,42 @@ def export(
     target: Target = "onnx",
     precision: Precision = "fp32",
     lowering: Lowering = "auto",
+    runtime: Annotated[
+        str | None,
+        _option("--runtime", metavar="NAME", text="What --lowering auto measures on; the target's by default."),
+    ] = None,
+    threads: Threads = 1,
+    choice_seconds: ChoiceSeconds = 60.0,
     with_preprocessing: WithPreprocessing = False,
     data: Data = None,
+    max_drop: MaxDrop = None,
+    on: On = "local",
     out: Annotated[
         Path | None, _option("--out", metavar="DIR", text="Default: RUN/artifacts/TARGET-PRECISION.")
     ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
-    """Write a run's network as a file for a runtime, and check that it computes the same."""
+    """Write a run's network as a file for a runtime, and check that it computes the same and is faster."""
     from bar_edge import pipeline
+    from bar_edge_cli.progress import Terminal
 
-    return pipeline.export_run(
-        run,
-        target=target,
-        precision=precision,
-        lowering=lowering,
-        with_preprocessing=with_preprocessing,
-        data=data,
-        out=out,
-    )
+    with Terminal() as progress:
+        return pipeline.export_run(
+            run,
+            target=target,
+            precision=precision,
+            lowering=lowering,
+            runtime=runtime,
+            threads=threads,
+            choice_seconds=choice_seconds,
+            with_preprocessing=with_preprocessing,
+            data=data,
+            max_drop=max_drop,
+            on=on,
+            out=out,
+            progress=progress,
+        )
 
 
 @app.command()
@@ -257,15 +294,7 @@ def bench(
             "or to an older measurement (its bench-*.json).",
         ),
     ] = None,
-    on: Annotated[
-        str,
-        _option(
-            "--on",
-            metavar="WHERE",
-            text="local, or ssh://[user@]host[:port]: a device with Python 3.8 and the runtime; "
-            "a path behind it names the Python there.",
-        ),
-    ] = "local",
+    on: On = "local",
     json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:

@@ -1,0 +1,150 @@
+"""`--lowering auto`: the form in which a network's additions run, chosen by measuring whole files on a runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bar_edge.bench import bench_onnx, compare
+from bar_edge.bench.statistics import median_ms
+from bar_edge.export.lowering import count_streams, lower
+from bar_edge.export.onnx import Preprocessing, export_onnx
+from bar_edge.network import Network
+from bar_edge.training import NoProgress, Progress
+
+#: (runtime, precision) -> forms worth a try, the most promising first (docs/mixed_connectivity.md)
+CANDIDATES = {
+    ("onnxruntime-cpu", "fp32"): ("gather:4", "slices:4", "blocks:16", "regular:16", "slices", "regular"),
+    ("openvino-cpu", "fp32"): ("slices", "gather:4", "blocks:32", "regular:16", "slices:4", "regular"),
+    ("openvino-cpu", "bf16"): ("slices:16", "blocks:32", "regular:16", "zero-filled:16", "slices", "regular"),
+}
+#: for a runtime that is not among them
+ELSEWHERE = ("gather:4", "slices", "zero-filled:16", "regular:16", "regular")
+REGULAR = "regular"
+#: how long each file is measured, in seconds: to choose, and to judge the choice
+CHOOSE_S, JUDGE_S = 0.5, 1.5
+#: share of the time after which no further form is tried for the whole network
+WHOLE = 0.6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """A lowering, and what was measured to choose it."""
+
+    lowering: str
+    #: whether the file is faster than the dense network's
+    faster: bool
+    #: medians in ms of one fresh process: the lowering chosen, the regular form and the dense network
+    chosen_ms: float
+    regular_ms: float
+    dense_ms: float
+    #: lowering -> median in ms, of the measurement that it was chosen by
+    tried_ms: dict[str, float]
+    environment: dict[str, Any]
+
+
+def choose_lowering(
+    network: Network,
+    dense: Network,
+    *,
+    runtime: str = "onnxruntime-cpu",
+    precision: str = "fp32",
+    threads: int = 1,
+    seconds: float = 60.0,
+    preprocessing: Preprocessing | None = None,
+    progress: Progress | None = None,
+) -> Choice:
+    """Measure whole-network candidates, then change the form stream by stream as long as that helps and time is left.
+
+    The winner is measured anew in a fresh process, in turn with the regular form and the dense network: the
+    faster of the two forms is chosen. seconds: for all but that last measurement. The same choice can be
+    exported again by its text. Raises what `bench_onnx` and `export_onnx` raise.
+    """
+    progress, start = progress or NoProgress(), time.monotonic()
+    streams = count_streams(network)
+    known: tuple[str, ...] = CANDIDATES.get((runtime, precision), ELSEWHERE)
+    candidates = [c for c in known if streams or c.startswith("slices")]
+    with tempfile.TemporaryDirectory() as folder:
+        trial = _Trial(network, Path(folder), runtime, precision, threads, preprocessing)
+        progress.phase("lowering", 1, len(candidates) + streams)
+        files: list[str] = []
+        for i, candidate in enumerate([*candidates, REGULAR] if streams else candidates):
+            if candidate not in files and (i < 1 or candidate == REGULAR or _left(start, seconds) > 1 - WHOLE):
+                trial.export(candidate)
+                files.append(candidate)
+            progress.step({"phase": "lowering", "epoch": 1, "step": min(i + 1, len(candidates))})
+        tried = trial.measure(files)
+        order = sorted(tried, key=tried.__getitem__)
+        best = order[0]
+        for i in range(streams if streams > 1 else 0):
+            for other in order[1:3]:
+                forms = best.split(",") if "," in best else [best] * streams
+                forms[i] = other
+                text = ",".join(forms)
+                if _left(start, seconds) > 0 and text not in tried:
+                    trial.export(text)
+                    pair = trial.bench([best, text])
+                    comparison = compare(pair[1], pair[0])
+                    tried[text] = tried[best] / comparison.speedup
+                    best = text if comparison.low > 1 else best
+            progress.step({"phase": "lowering", "epoch": 1, "step": len(candidates) + i + 1})
+        regular = REGULAR if streams else "slices"
+        trial.export(regular)
+        export_onnx(dense, dense.input_shapes, trial.file("dense"), preprocessing=preprocessing)
+        # a fresh process: of many candidates the one that was lucky looks best
+        measured = trial.bench(list(dict.fromkeys([best, regular, "dense"])), JUDGE_S)
+        medians = dict(zip(dict.fromkeys([best, regular, "dense"]), map(median_ms, measured), strict=True))
+    progress.done()
+    chosen = min((best, regular), key=medians.__getitem__)
+    progress.note(
+        f"lowering {chosen}: {medians[chosen]:.3f} ms; regular {medians[regular]:.3f}, dense {medians['dense']:.3f}"
+    )
+    return Choice(
+        lowering=chosen,
+        faster=medians[chosen] < medians["dense"],
+        chosen_ms=medians[chosen],
+        regular_ms=medians[regular],
+        dense_ms=medians["dense"],
+        tried_ms=tried,
+        environment=measured[0].environment,
+    )
+
+
+class _Trial:
+    def __init__(
+        self,
+        network: Network,
+        folder: Path,
+        runtime: str,
+        precision: str,
+        threads: int,
+        preprocessing: Preprocessing | None,
+    ) -> None:
+        self.network, self.folder, self.preprocessing = network, folder, preprocessing
+        self.options: dict[str, Any] = {"runtime": runtime, "precision": precision, "threads": threads}
+
+    def file(self, lowering: str) -> Path:
+        return self.folder / f"{lowering.replace(':', '_')}.onnx"
+
+    def export(self, lowering: str) -> None:
+        if not self.file(lowering).is_file():
+            export_onnx(
+                lower(self.network, lowering),
+                self.network.input_shapes,
+                self.file(lowering),
+                preprocessing=self.preprocessing,
+            )
+
+    def bench(self, lowerings: list[str], seconds: float = CHOOSE_S) -> list[Any]:
+        return bench_onnx([self.file(text) for text in lowerings], seconds=seconds, **self.options)
+
+    def measure(self, lowerings: list[str]) -> dict[str, float]:
+        return dict(zip(lowerings, map(median_ms, self.bench(lowerings)), strict=True))
+
+
+def _left(start: float, seconds: float) -> float:
+    """Return which share of the time is left."""
+    return 1 - (time.monotonic() - start) / seconds if seconds > 0 else 0.0

@@ -1,0 +1,250 @@
+"""Where the channels of every tensor go in each form: which zeros are filled in so that a runtime is faster."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+from torch import fx, nn
+
+from bar_edge.errors import InputError
+from bar_edge.network import MixedAdd, Network
+from bar_edge.network.channels import Passage, Passages, aten, called_again, is_constant, is_depthwise
+from bar_edge.network.movement import MOVEMENTS
+from bar_edge.surgery.order import is_identity, streams
+
+Kind = Literal["slices", "pad", "gather", "scatter", "blocks", "zero-filled", "regular"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Form:
+    """How the additions of one residual stream run, as in `blocks:16`.
+
+    slices, pad, gather, scatter   a writer makes its own channels, which go to their places by Slice, Add and
+                                   Concat, by Pad and Add, by Gather from a padded tensor, or by ScatterND
+    blocks        a writer makes whole blocks of `rounding` channels, one convolution per block or run of blocks
+    zero-filled   a writer makes all channels of the stream so far, one convolution for the old, one for the new
+    regular       all tensors of the stream hold the union of its channels, plain additions
+    rounding      widths are filled up to multiples of it
+    """
+
+    kind: Kind
+    rounding: int = 1
+
+    def __str__(self) -> str:
+        return self.kind if self.rounding == 1 else f"{self.kind}:{self.rounding}"
+
+    @staticmethod
+    def parse(text: str) -> Form:
+        """Read `slices` or `blocks:16`; raises InputError for anything else."""
+        name, colon, number = text.partition(":")
+        kind = next((kind for kind in KINDS if kind == name), None)
+        if kind is None or (colon and (not number.isdecimal() or not 1 <= int(number) <= 256)):
+            raise InputError(
+                f"a lowering: {', '.join(KINDS)}, or with widths rounded up, as in slices:16",
+                got=repr(text),
+                remedy="choose one of these, or one per residual stream with commas between them",
+            )
+        return Form(kind, int(number) if colon else 1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a tensor's channels go in its wider form: channel i becomes channel positions[i] of `width`."""
+
+    width: int
+    positions: tuple[int, ...]
+    #: for a tensor of a stream: which channel of the stream each of the `width` is
+    slots: tuple[int, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing changes."""
+        return self.positions == tuple(range(self.width))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stream:
+    """The tensors that additions and per-channel operators join, in graph order.
+
+    channels: for every tensor, which of the `width` channels of the whole stream it holds, in its own order.
+    Channels that meet in an addition are one channel; they are numbered by first appearance.
+    """
+
+    width: int
+    channels: dict[fx.Node, tuple[int, ...]]
+
+
+def residual_streams(network: Network, found: Passages) -> list[Stream]:
+    """Return the streams in which something is added, in graph order.
+
+    Not those that a module called twice, or a tensor added to itself, takes part in.
+    """
+    stream = streams(found)
+    joined = {stream[node] for node, passage in found.items() if passage.kind == "add"}
+    again = called_again(network)
+    joined -= {stream[node] for node in found if str(node.target) in again}
+    # a tensor added to itself has two places for each channel
+    twice = [n for n, p in found.items() if len({link.source for link in p.links}) < len(p.links)]
+    joined -= {stream[node] for node in twice}
+    start: dict[fx.Node, int] = {}
+    total = 0
+    for node, passage in found.items():
+        start[node], total = total, total + passage.width
+    parent = list(range(total))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for node, passage in found.items():
+        if stream[node] in joined and (passage.kind == "add" or is_identity(passage)):
+            for link in passage.links:
+                for i, o in zip(link.inputs.tolist(), link.outputs.tolist(), strict=True):
+                    a, b = root(start[link.source] + i), root(start[node] + o)
+                    parent[max(a, b)] = min(a, b)
+    number: dict[fx.Node, dict[int, int]] = {}
+    channels: dict[fx.Node, dict[fx.Node, tuple[int, ...]]] = {}
+    for node, passage in found.items():
+        if stream[node] in joined:
+            numbers = number.setdefault(stream[node], {})
+            roots = [root(start[node] + i) for i in range(passage.width)]
+            channels.setdefault(stream[node], {})[node] = tuple(numbers.setdefault(r, len(numbers)) for r in roots)
+    return [Stream(len(number[first]), tensors) for first, tensors in channels.items()]
+
+
+def stream_placements(network: Network, found: Passages, stream: Stream, form: Form) -> dict[fx.Node, Placement]:
+    """Return the placements of a stream's tensors in a form.
+
+    None for a stream that passes through something that cannot be made wider as it would have to be
+    (a grouped convolution, a norm over channels) before its last addition: it stays as it is. What comes
+    of such an operator after that stays alone.
+    """
+    if form.kind not in ("regular", "zero-filled") and form.rounding == 1:
+        return {}
+    places = {}
+    for node, slots in _slots(found, stream, form).items():
+        index = {slot: i for i, slot in enumerate(slots)}
+        places[node] = Placement(len(slots), tuple(index[c] for c in stream.channels[node]), tuple(slots))
+    stays: set[fx.Node] = set()
+    for node, place in places.items():
+        sources = {link.source for link in found[node].links}
+        if not (place.is_whole or can_widen(network, found[node], node)) or sources & stays:
+            stays.add(node)
+    if any(found[node].kind == "add" for node in stays) or not all(is_identity(found[node]) for node in stays):
+        return {}
+    return {node: place for node, place in places.items() if node not in stays}
+
+
+def rounded_placements(
+    network: Network, found: Passages, taken: dict[fx.Node, Placement], rounding: dict[fx.Node, int]
+) -> dict[fx.Node, Placement]:
+    """Return placements that fill the widths of all other tensors up to multiples of their rounding.
+
+    Of a convolution's output, and what per-channel operators make of it, if only convolutions read it in the end.
+    """
+    again = called_again(network)
+    wanted: set[fx.Node] = set()
+    for node in reversed(network.nodes):
+        passage = found.get(node)
+        if passage is None or node in taken or not node.users or str(node.target) in again:
+            continue
+        kept = passage.kind == "read" or (is_identity(passage) and len(network.shapes[node.name]) > 2)
+        readers = (user in found and (user in wanted or _reads(network, found[user], user)) for user in node.users)
+        if kept and can_widen(network, passage, node) and all(readers):
+            wanted.add(node)
+    places: dict[fx.Node, Placement] = {}
+    for node in network.nodes:
+        passage = found.get(node)
+        if node in wanted and passage is not None and (passage.kind == "read" or passage.links[0].source in places):
+            places[node] = Placement(_up(passage.width, rounding[node]), tuple(range(passage.width)))
+    return places
+
+
+def can_widen(network: Network, passage: Passage, node: fx.Node) -> bool:
+    """Tell whether a tensor may hold more channels, zeros: if a layer, a sum or an operator on each alone makes it."""
+    module = network.module_of(node)
+    if passage.kind == "read":
+        return plain_reader(passage, module)
+    if passage.kind == "add":
+        return plain_sum(network, passage, node)
+    if module is not None:
+        return isinstance(module, nn.modules.batchnorm._BatchNorm | nn.Dropout) or is_depthwise(module)
+    moved = node.target in MOVEMENTS or any(is_constant(n) for n in node.all_input_nodes)
+    return passage.kind == "map" and is_identity(passage) and passage.keeps_zero and not moved
+
+
+def plain_reader(passage: Passage, module: nn.Module | None) -> bool:
+    """Tell whether a layer reads all of its input for each of its outputs."""
+    return passage.groups == 1 and isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def plain_sum(network: Network, passage: Passage, node: fx.Node) -> bool:
+    """Tell whether a node adds two tensors of one shape, or of different channels, along the second axis."""
+    if isinstance(network.module_of(node), MixedAdd):
+        return True
+    shapes = {network.shapes[source.name] for source in node.all_input_nodes if source.name in network.shapes}
+    return node.target is aten.add.Tensor and len(passage.links) == 2 and passage.axis == 1 and len(shapes) == 1
+
+
+# ------------------------------------------------------------------------------------------ inside
+
+
+def _reads(network: Network, passage: Passage, node: fx.Node) -> bool:
+    """Tell whether a convolution reads a tensor, which may then hold zeros."""
+    module = network.module_of(node)
+    return passage.kind == "read" and plain_reader(passage, module) and not isinstance(module, nn.Linear)
+
+
+def _slots(found: Passages, stream: Stream, form: Form) -> dict[fx.Node, list[int]]:
+    """Return for every tensor of a stream which of the stream's channels it holds in a form, zeros among them."""
+    r = form.rounding
+    if form.kind == "regular":
+        return dict.fromkeys(stream.channels, list(range(_up(stream.width, r))))
+    writer: dict[fx.Node, fx.Node] = {}
+    slots: dict[fx.Node, list[int]] = {}
+
+    def own(node: fx.Node, missing: set[int]) -> list[int]:
+        channels = set(stream.channels[node])
+        if form.kind == "blocks":
+            return [block * r + i for block in sorted({c // r for c in channels}) for i in range(r)]
+        return _filled(channels | missing, r)
+
+    for node, channels in stream.channels.items():
+        passage = found[node]
+        source = passage.links[0].source if is_identity(passage) else None
+        writer[node] = writer.get(source, node) if source is not None else node
+        if passage.kind != "add":
+            continue
+        first, second = (writer[link.source] for link in passage.links)
+        # in first-write order the stream is a prefix: it grows to the next multiple at once, zeros in advance
+        prefix = set(channels) == set(range(len(channels)))
+        so_far = range(_up(len(channels), r)) if prefix else ()
+        if first not in slots:
+            slots[first] = own(first, set())
+        if form.kind == "zero-filled" and prefix:
+            slots.setdefault(second, list(so_far))
+        elif second not in slots:
+            slots[second] = own(second, set(so_far) - set(slots[first]))
+        slots[node] = sorted({*slots[first], *slots[second]})
+    return {node: slots.get(writer[node]) or own(writer[node], set()) for node in stream.channels}
+
+
+def _filled(channels: set[int], rounding: int) -> list[int]:
+    """Add channels up to a multiple of `rounding`, those first that close the smallest gaps."""
+    filled, missing = set(channels), _up(len(channels), rounding) - len(channels)
+    while missing:
+        there = sorted(filled)
+        gaps = [(b - a - 1, a) for a, b in zip([-1, *there], there, strict=False) if b - a > 1]
+        gap, before = min(gaps, default=(missing, there[-1]))
+        chosen = range(before + 1, before + 1 + gap)[-missing:] if gaps else range(before + 1, before + 1 + missing)
+        filled |= set(chosen)
+        missing -= len(chosen)
+    return sorted(filled)
+
+
+def _up(width: int, rounding: int) -> int:
+    return -(-width // rounding) * rounding

@@ -1,0 +1,313 @@
+"""Is mixed connectivity faster than every other way to run the same network? Whole files, interleaved, medians.
+
+Per cell (network, factor of the volume, seed of the mask; or a learned plan) and per runtime and number of
+threads: "ours" is chosen among the candidates of `--lowering auto` in one measurement and judged in another,
+in turn with the regular form, the literal one (paper) and first-write order with ScatterND, then with the
+dense network. The masks are those of benchmarks/masks.py. Resumable: what results/mixed_connectivity.json
+holds is not measured again. Run: python benchmarks/mixed_connectivity.py
+[--cells wrn-28-12] [--table|--profile|--bf16|--modules]
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bar_edge.bench import bench_onnx, compare
+from bar_edge.bench.statistics import median_ms
+from bar_edge.choice import CANDIDATES
+from bar_edge.export.lowering import lower
+from bar_edge.export.onnx import export_onnx
+from bar_edge.export.widen import regular_form
+from bar_edge.models import build
+from bar_edge.network import Network, count, trace
+from bar_edge.network.cost import count_executed
+from bar_edge.records import read_json, write_json
+from bar_edge.run import versions
+from bar_edge.surgery import slice_network
+from benchmarks.masks import CELLS, uneven_plan
+
+HERE = Path(__file__).parent / "results"
+RESULTS = HERE / "mixed_connectivity.json"
+OTHERS = ("regular", "paper", "scatter")
+#: learned plans of the CIFAR-10 runs: folder -> dense network's folder
+LEARNED = {
+    "resnet20_bar2_s0": "resnet20_dense_s0",
+    "resnet20_bar4_s0": "resnet20_dense_s0",
+    "wrn-10-2_bar4_s0": "wrn-10-2_dense_s0",
+}
+CHOOSE_S, JUDGE_S, DENSE_S = 0.3, 0.8, 0.8
+
+
+def cells() -> Iterator[tuple[str, str, int, int]]:
+    """Yield name, network, factor and seed: learned plans first, then all networks seed by seed."""
+    for learned in LEARNED:
+        yield learned, learned, 0, 0
+    for seed in range(max(len(seeds) for _, _, seeds in CELLS.values())):
+        for model, (_, factors, seeds) in CELLS.items():
+            for factor in factors:
+                if seed in seeds:
+                    yield f"{model} {factor}x seed {seed}", model, factor, seed
+
+
+def networks(model: str, factor: int, seed: int) -> tuple[Network, Network]:
+    """Return the dense and the sliced network of a cell."""
+    if model in LEARNED:
+        folder = HERE / "cifar10"
+        return Network.load(folder / LEARNED[model] / "network"), Network.load(folder / model / "network")
+    torch.manual_seed(0)
+    shape = CELLS[model][0]
+    dense = trace(build(model, input_shape=shape, classes=10).eval(), torch.zeros(2, *shape))
+    return dense, slice_network(dense, uneven_plan(dense, factor, seed))
+
+
+def measure(folder: Path, model: str, factor: int, seed: int) -> dict[str, Any]:
+    """Measure one cell on every runtime; two threads only for the first three seeds."""
+    dense, sliced = networks(model, factor, seed)
+    forms = list(
+        dict.fromkeys(
+            [*OTHERS, *(c for (_, precision), names in CANDIDATES.items() for c in names if precision == "fp32")]
+        )
+    )
+    files = {form: folder / f"{form.replace(':', '_')}.onnx" for form in forms}
+    executed = {}
+    for form, file in files.items():
+        lowered = lower(sliced, form)
+        executed[form] = count_executed(lowered).flops
+        export_onnx(lowered, sliced.input_shapes, file)
+    files["dense"] = folder.parent / f"{LEARNED.get(model, model)}-dense.onnx"
+    if not files["dense"].is_file():
+        export_onnx(dense, dense.input_shapes, files["dense"])
+    found = {}
+    for (runtime, precision), candidates in CANDIDATES.items():
+        if precision != "fp32":
+            continue
+        for threads in (1, 2) if seed < 3 else (1,):
+            options: dict[str, Any] = {"runtime": runtime, "threads": threads, "seed": seed}
+            tried = bench_onnx([files[c] for c in candidates], seconds=CHOOSE_S, **options)
+            tried_ms = dict(zip(candidates, map(median_ms, tried), strict=True))
+            ours = min(candidates, key=tried_ms.__getitem__)
+            names = list(dict.fromkeys([ours, *OTHERS]))
+            judged = dict(zip(names, bench_onnx([files[n] for n in names], seconds=JUDGE_S, **options), strict=True))
+            pair = bench_onnx([files["dense"], files[ours]], seconds=DENSE_S, **options)
+            found[f"{runtime} {threads}"] = {
+                "ours": ours,
+                "ours_ms": median_ms(judged[ours]),
+                "tried_ms": tried_ms,
+                "quartiles_ms": {n: np.percentile(m.samples_ms, [25, 50, 75]).tolist() for n, m in judged.items()},
+                "against": {name: _ratio(compare(judged[ours], judged[name])) for name in OTHERS if name != ours}
+                | {"dense": _ratio(compare(pair[1], pair[0]))},
+                "dense_ms": median_ms(pair[0]),
+                "runs": len(judged[ours].samples_ms),
+            }
+    return {
+        "runtimes": found,
+        "flops": {"dense": count(dense).flops, "sliced": count(sliced).flops, **executed},
+        "volume": {"dense": count(dense).volume, "sliced": count(sliced).volume},
+        "environment": tried[0].environment,
+    }
+
+
+def _ratio(found: Any) -> list[float]:
+    return [round(x, 4) for x in (found.speedup, found.low, found.high)]
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return geometric means of the speed-ups per network, factor, runtime and threads, as Markdown."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = collections.defaultdict(list)
+    for name, cell in results["cells"].items():
+        for runtime, found in cell["runtimes"].items():
+            groups[name.partition(" seed")[0], runtime].append(found)
+    lines = [
+        "| network | runtime, threads | n | dense ms | ours ms | x dense | x regular | x paper | x ScatterND "
+        "| worst x regular | ours |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (name, runtime), group in groups.items():
+        means = {other: _geometric([g["against"].get(other, [1.0])[0] for g in group]) for other in ("dense", *OTHERS)}
+        worst = min(g["against"].get("regular", [1.0])[0] for g in group)
+        forms = ", ".join(f"{form} {n}" for form, n in collections.Counter(g["ours"] for g in group).most_common(3))
+        dense, ours = (_geometric([g[key] for g in group]) for key in ("dense_ms", "ours_ms"))
+        lines.append(
+            f"| {name} | {runtime} | {len(group)} | {dense:.2f} | {ours:.3f} | {means['dense']:.1f} "
+            f"| {means['regular']:.2f} | {means['paper']:.2f} | {means['scatter']:.2f} | {worst:.2f} | {forms} |"
+        )
+    return "\n".join(lines)
+
+
+def _geometric(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Plot the speed-up over the regular form per cell, one panel per runtime with one thread."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    runtimes = [runtime for runtime, precision in CANDIDATES if precision == "fp32"]
+    figure, axes = plt.subplots(1, len(runtimes), figsize=(11, 4), sharey=True)
+    for axis, runtime in zip(axes, runtimes, strict=True):
+        groups: dict[str, list[float]] = collections.defaultdict(list)
+        for name, cell in results["cells"].items():
+            found = cell["runtimes"].get(f"{runtime} 1")
+            if found:
+                groups[name.partition(" seed")[0]].append(found["against"].get("regular", [1.0])[0])
+        for i, values in enumerate(groups.values()):
+            axis.plot([i] * len(values), values, "o", alpha=0.5, color="tab:blue")
+        axis.axhline(1, color="grey", linewidth=1)
+        axis.set_xticks(range(len(groups)), list(groups), rotation=75, ha="right", fontsize=7)
+        axis.set_title(f"{runtime}, 1 thread")
+    axes[0].set_ylabel("times faster than regular")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def operator_times_us(file: Path, runs: int = 300) -> dict[str, float]:
+    """Return the median time per inference of every operator type in ONNX Runtime's own profile, one thread."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 3
+        options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        first = session.get_inputs()[0]
+        image = np.random.default_rng(0).standard_normal((1, *first.shape[1:]), np.float32)
+        for _ in range(runs):
+            session.run(None, {first.name: image})
+        events = json.loads(Path(session.end_profiling()).read_text())
+    times: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
+    for event in events:
+        if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
+            times[event["name"], event["args"]["op_name"]].append(event["dur"])
+    total: dict[str, float] = collections.Counter()
+    for (_, operator), found in times.items():
+        total[operator] += float(np.median(found))
+    return total
+
+
+def profile() -> str:
+    """Return where the time goes before (regular, paper) and after (ours), for three networks, as Markdown."""
+    lines = []
+    for model, factor in (("wrn-28-12", 16), ("wrn-28-12", 8), ("resnet56", 4)):
+        dense, sliced = networks(model, factor, 0)
+        columns, flops = {}, {}
+        for form in ("dense", "regular", "paper", "slices", "gather:4", "blocks:16"):
+            with tempfile.TemporaryDirectory() as folder:
+                lowered = dense if form == "dense" else lower(sliced, form)
+                flops[form] = count_executed(lowered).flops if form != "dense" else count(dense).flops
+                export_onnx(lowered, dense.input_shapes, Path(folder) / "model.onnx")
+                columns[form] = operator_times_us(Path(folder) / "model.onnx", 20 if form == "dense" else 300)
+        rate = flops["dense"] / sum(columns["dense"].values())
+        operators = sorted({o for c in columns.values() for o in c}, key=lambda o: -columns["paper"].get(o, 0))
+        lines += [f"\n{model} at {factor}x, seed 0, microseconds per inference\n"]
+        lines += ["| operator | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        for operator in operators:
+            lines.append(f"| {operator} | " + " | ".join(f"{c.get(operator, 0):.0f}" for c in columns.values()) + " |")
+        totals = {form: sum(c.values()) for form, c in columns.items()}
+        conv = {form: c.get("Conv", 0) + c.get("FusedConv", 0) for form, c in columns.items()}
+        lines.append("| all nodes | " + " | ".join(f"{t:.0f}" for t in totals.values()) + " |")
+        lines.append("| all / convolutions | " + " | ".join(f"{totals[f] / conv[f]:.2f}" for f in columns) + " |")
+        ideal = count(sliced).flops / rate
+        lines.append(
+            "| all / counted FLOPs at the dense rate | "
+            + " | ".join(f"{totals[f] / ideal:.2f}" for f in columns)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def low_precision(seeds: range = range(3)) -> str:
+    """Return OpenVINO in bf16 on wrn-28-12 at 4x and 16x, chosen and judged apart, as Markdown."""
+    lines = ["| factor | seed | ours | ours ms | x regular (95 %) | x dense |", "|---|---|---|---|---|---|"]
+    options: dict[str, Any] = {"runtime": "openvino-cpu", "precision": "bf16"}
+    candidates = (*CANDIDATES["openvino-cpu", "bf16"], "blocks:32,regular:16,regular:16")
+    with tempfile.TemporaryDirectory() as folder:
+        for factor in (4, 16):
+            for seed in seeds:
+                dense, sliced = networks("wrn-28-12", factor, seed)
+                files = {c: Path(folder) / f"{c.replace(':', '_')}.onnx" for c in (*candidates, "dense")}
+                for form, file in files.items():
+                    export_onnx(dense if form == "dense" else lower(sliced, form), dense.input_shapes, file)
+                tried = bench_onnx([files[c] for c in candidates], seconds=CHOOSE_S, **options)
+                ours = min(zip(candidates, map(median_ms, tried), strict=True), key=lambda pair: pair[1])[0]
+                a, b = bench_onnx([files[ours], files["regular"]], seconds=JUDGE_S, **options)
+                c, d = bench_onnx([files[ours], files["dense"]], seconds=JUDGE_S, **options)
+                ratio = compare(a, b)
+                lines.append(
+                    f"| {factor}x | {seed} | {ours} | {median_ms(a):.3f} | {ratio.speedup:.2f} "
+                    f"({ratio.low:.2f}, {ratio.high:.2f}) | {compare(c, d).speedup:.1f} |"
+                )
+    return "\n".join(lines)
+
+
+def modules() -> str:
+    """Return the plain nn.Modules in torch, eager and compiled, batch 1, one thread, as Markdown."""
+    torch.set_num_threads(1)
+    image = torch.randn(1, 3, 32, 32)
+    lines = [
+        "| wrn-28-12 | regular, eager ms | sliced, eager ms | ratio | compiled ms | compiled ms | ratio |",
+        "|---" * 7 + "|",
+    ]
+    for factor in (4, 8, 16):
+        _, sliced = networks("wrn-28-12", factor, 0)
+        pair = [regular_form(sliced).eval(), sliced.eval()]
+        cells = []
+        for forms in (pair, [torch.compile(module) for module in pair]):
+            samples: list[list[float]] = [[], []]
+            with torch.no_grad():
+                for step in range(110):
+                    for form, found in zip(forms, samples, strict=True):
+                        start = time.perf_counter()
+                        form(image)
+                        if step >= 10:
+                            found.append(1e3 * (time.perf_counter() - start))
+            regular, ours = (float(np.median(found)) for found in samples)
+            cells += [f"{regular:.2f}", f"{ours:.2f}", f"{regular / ours:.2f}"]
+        lines.append(f"| {factor}x | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what is missing, write JSON and plot, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", default="", help="only cells whose name contains this")
+    parser.add_argument("--table", action="store_true", help="only print the table and the plot")
+    parser.add_argument("--profile", action="store_true", help="only print where the time goes")
+    parser.add_argument("--bf16", action="store_true", help="only measure OpenVINO in bf16")
+    parser.add_argument("--modules", action="store_true", help="only measure the nn.Modules in torch")
+    options = parser.parse_args()
+    for wanted, show in ((options.profile, profile), (options.bf16, low_precision), (options.modules, modules)):
+        if wanted:
+            print(show())
+            return
+    results = read_json(RESULTS) if RESULTS.is_file() else {"cells": {}, "versions": versions()}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, *cell in cells():
+            if options.table or name in results["cells"] or options.cells not in name:
+                continue
+            own = Path(folder) / "cell"
+            own.mkdir(exist_ok=True)
+            results["cells"][name] = {**measure(own, *cell), "load": os.getloadavg()[0]}
+            write_json(RESULTS, results)
+            first = results["cells"][name]["runtimes"]["onnxruntime-cpu 1"]
+            print(name, first["ours"], f"{first['ours_ms']:.3f} ms", first["against"], flush=True)
+    plot(results, RESULTS.with_suffix(".svg"))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""From a float ONNX file to an INT8 one whose accuracy was measured and is promised."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from bar_edge.errors import InputError
+from bar_edge_calibration.collect import Calibration, check_file, collect
+from bar_edge_calibration.equalise import equalise
+from bar_edge_calibration.graph import Graph, prepare
+from bar_edge_calibration.islands import float_islands
+from bar_edge_calibration.place import place
+from bar_edge_calibration.ranges import METHODS, Range
+from bar_edge_calibration.recipe import Recipe
+
+#: images on which the sensitivity of layers is measured
+SENSITIVITY_IMAGES = 256
+#: at most this share of the layers is left in float
+MAX_FLOAT_SHARE = 0.25
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the ladder may change about a recipe's file."""
+
+    ranges: str
+    bias_correction: bool = False
+    equalised: bool = False
+    #: names of layers
+    float_layers: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as JSON data."""
+        return {**dataclasses.asdict(self), "float_layers": list(self.float_layers)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Promise:
+    """How good the file must be."""
+
+    #: metric of an ONNX file on held-out training images; higher is better, a fraction
+    score: Callable[[Path], float]
+    #: largest drop that is accepted, in points: hundredths of the metric
+    max_drop: float
+
+
+def quantize(
+    source: Path,
+    target: Path,
+    *,
+    images: Iterable[np.ndarray],
+    data: str,
+    recipe: Recipe,
+    seed: int = 0,
+    promise: Promise | None = None,
+    calibration: Calibration | None = None,
+) -> dict[str, Any]:
+    """Write an INT8 Q/DQ file of a float ONNX file, and return what was done as JSON data (schema 1).
+
+    images: batches (N, ...) in shape and dtype of the file's input; with a promise they may be read again
+    and must then be the same ones. data: their name, never a path; seed: that drew them. calibration: what
+    `collect` found on this file, instead of a pass over the images. With a promise, rungs of a ladder are
+    tried until the drop is small enough, each kept only if it helps; `record["score"]["within"]` is the
+    verdict. The same inputs give the same bytes. Raises InputError as `collect` does, for images that can be
+    read only once where they are needed twice, and for a calibration of another file.
+    """
+    if calibration is not None:
+        check_file(calibration, source)
+    if promise is not None and iter(images) is images:
+        raise InputError(
+            "images that can be read more than once, for a promised accuracy",
+            got=type(images).__name__,
+            consequence="nothing was quantised",
+            remedy="give a list, or an object whose __iter__ starts anew",
+        )
+    as_convolution = recipe.batchnorm == "convolution"
+    model = prepare(_load(source), batchnorm_as_convolution=as_convolution)
+    if calibration is None:
+        calibration = collect(source, model, images, data=data, seed=seed)
+    candidate = target.with_name(f".{target.stem}.{os.getpid()}.candidate.onnx")
+    ladder = _Ladder(source, candidate, model, calibration, recipe, images)
+    try:
+        found = ladder.climb(promise)
+        ladder.write(found)
+        islands = float_islands(candidate) if recipe.name.startswith("onnxruntime") else None
+        candidate.replace(target)
+    finally:
+        candidate.unlink(missing_ok=True)
+    return {
+        "schema": 1,
+        "recipe": dataclasses.asdict(recipe),
+        "calibration": {
+            "data": calibration.data,
+            "images": calibration.images,
+            "seed": calibration.seed,
+            "onnx_sha256": calibration.onnx_sha256,
+        },
+        "settings": found.to_json(),
+        "score": ladder.verdict(promise),
+        "rungs": ladder.rungs,
+        "sensitivity": ladder.sensitivity,
+        "float_between_int8": islands,
+        "warnings": calibration.warnings,
+        "versions": {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
+    }
+
+
+class _Ladder:
+    def __init__(
+        self,
+        source: Path,
+        candidate: Path,
+        model: onnx.ModelProto,
+        calibration: Calibration,
+        recipe: Recipe,
+        images: Iterable[np.ndarray],
+    ) -> None:
+        self.source, self.candidate, self.recipe, self.images = source, candidate, recipe, images
+        self.networks = {False: (model, calibration)}  # equalised -> network and what was observed in it
+        self.found_ranges: dict[tuple[bool, str], dict[str, Range]] = {}
+        self.best = Settings(ranges=recipe.ranges)
+        self.best_score = -math.inf
+        self.reference = math.nan
+        self.rungs: list[dict[str, Any]] = []
+        self.sensitivity: dict[str, float] | None = None
+
+    def climb(self, promise: Promise | None) -> Settings:
+        """Return the best settings, once they keep the promise or nothing is left to try."""
+        if promise is None:
+            return self.best
+        self.reference = promise.score(self.source)
+        limit = self.reference - promise.max_drop / 100
+        # where scores are shares of n images, limit is one of them but for the last bit
+        tried = set[Settings]()
+        for rung, settings in self._proposals():
+            if settings in tried:
+                continue
+            tried.add(settings)
+            self.write(settings)
+            score = promise.score(self.candidate)
+            kept = score > self.best_score
+            before, after = self.best.to_json(), settings.to_json()
+            change = {name: value for name, value in after.items() if value != before[name]}
+            self.rungs.append({"rung": rung, "change": change, "score": score, "kept": kept})
+            if kept:
+                self.best, self.best_score = settings, score
+            if self.best_score >= limit - 1e-9:
+                break
+        return self.best
+
+    def verdict(self, promise: Promise | None) -> dict[str, Any] | None:
+        if promise is None:
+            return None
+        drop = 100 * (self.reference - self.best_score)
+        return {
+            "float": self.reference,
+            "int8": self.best_score,
+            "drop_points": drop,
+            "max_drop": promise.max_drop,
+            "within": drop <= promise.max_drop + 1e-7,
+        }
+
+    def write(self, settings: Settings) -> None:
+        """Write the candidate that these settings give."""
+        self.candidate.write_bytes(self._quantised(settings).SerializeToString(deterministic=True))
+
+    def _proposals(self) -> Iterator[tuple[str, Settings]]:
+        """Yield (rung, settings), each a step from the best so far."""
+        yield "recipe", self.best
+        for method in METHODS:
+            if method != self.recipe.ranges:
+                yield "ranges", dataclasses.replace(self.best, ranges=method)
+        yield "bias correction", dataclasses.replace(self.best, bias_correction=True)
+        if self._equalise():
+            yield "equalisation", dataclasses.replace(self.best, equalised=True)
+            yield "equalisation", dataclasses.replace(self.best, equalised=True, bias_correction=True)
+        self.sensitivity = self._sensitivity()
+        by_sensitivity = sorted(self.sensitivity, key=lambda name: -(self.sensitivity or {})[name])
+        for name in by_sensitivity[: max(1, int(MAX_FLOAT_SHARE * len(by_sensitivity)))]:
+            yield "float layers", dataclasses.replace(self.best, float_layers=(*self.best.float_layers, name))
+
+    def _quantised(self, settings: Settings) -> onnx.ModelProto:
+        model, calibration = self.networks[settings.equalised]
+        return place(
+            model,
+            self._ranges(settings),
+            self.recipe,
+            float_layers=frozenset(settings.float_layers),
+            means=calibration.means if settings.bias_correction else None,
+        )
+
+    def _ranges(self, settings: Settings) -> dict[str, Range]:
+        key = (settings.equalised, settings.ranges)
+        if key not in self.found_ranges:
+            self.found_ranges[key] = self.networks[settings.equalised][1].ranges(settings.ranges)
+        return self.found_ranges[key]
+
+    def _equalise(self) -> bool:
+        model, calibration = self.networks[False]
+        equal, pairs = equalise(model)
+        if pairs:
+            again = collect(self.source, equal, self.images, data=calibration.data, seed=calibration.seed)
+            self.networks[True] = (equal, again)
+        return bool(pairs)
+
+    def _sensitivity(self) -> dict[str, float]:
+        """Return, per layer, the output's error in squares, relative, if this layer alone runs in INT8."""
+        model, _ = self.networks[self.best.equalised]
+        ranges, graph = self._ranges(self.best), Graph(model)
+        layers = [node.name for node in graph.nodes if graph.is_layer(node)]
+        sample = list(_first(self.images, SENSITIVITY_IMAGES))
+        expected = _outputs(model, sample)
+        found = {}
+        for name in layers:
+            others = frozenset(layers) - {name}
+            got = _outputs(place(model, ranges, self.recipe, float_layers=others), sample)
+            errors = [float(np.square(a - b).sum() / np.square(a).sum()) for a, b in zip(expected, got, strict=True)]
+            found[name] = max(errors)
+        return found
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    try:
+        return onnx.load(path)
+    except Exception as error:  # protobuf's errors share no base class
+        got = f"{path.name}: {type(error).__name__}"
+        raise InputError("an ONNX file", got=got, consequence="nothing was quantised") from error
+
+
+def _first(batches: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """Yield the first batches that hold so many images."""
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += len(batch)
+        if seen >= count:
+            return
+
+
+def _outputs(model: onnx.ModelProto, batches: list[np.ndarray]) -> list[np.ndarray]:
+    """Return a model's outputs in float64, over all batches."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = 1, 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    runs = [session.run(None, {name: batch}) for batch in batches]
+    return [np.concatenate(parts).astype(np.float64) for parts in zip(*runs, strict=True)]
