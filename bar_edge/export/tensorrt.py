@@ -206,7 +206,8 @@ class Timing:
 class Engine:
     """A loaded engine; inputs and outputs are float32 or uint8 arrays on the host, pinned inside.
 
-    inputs, outputs: name -> shape, -1 where free; dtypes: name -> numpy type. Computation runs as a CUDA graph, one per set of shapes.
+    inputs, outputs: name -> shape, -1 where free; dtypes: name -> numpy type. Computation runs as a CUDA graph,
+    one per set of shapes.
     """
 
     def __init__(self, trt: Any, runtime: Any, engine: Any, log: Any, cuda: Cuda) -> None:
