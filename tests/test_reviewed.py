@@ -459,3 +459,23 @@ def test_a_pixel_shuffle_into_one_channel() -> None:
     body = lambda s, x: s.h(torch.cos(up_by_views(s.a(x))))  # noqa: E731
     check(Net(body, a=conv(3, 4), h=conv(1, 2)), {"a": (0, 3)})
     check(Net(body, a=conv(3, 4), h=conv(1, 2)), {"a": ()})
+
+
+def test_a_parameter_of_a_dead_branch_is_not_counted() -> None:
+    class Scaled(nn.Module):
+        """A scale of one number per branch, as LayerScale has it where there is one channel."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.s, self.a, self.b, self.h = conv(3, 4), conv(4, 4), conv(4, 4), conv(4, 2)
+            self.g = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.s(x)
+            return self.h(y + self.g * self.b(self.a(y)))
+
+    _, network, _ = traced(Scaled())
+    plan = ChannelPlan(network=network.fingerprint, kept={"a": ()})
+    sliced = slice_network(network, plan)
+    assert count(network, plan) == count(sliced)
+    assert count(sliced).params == sum(p.numel() for p in sliced.parameters())
