@@ -221,7 +221,8 @@ def table(found: dict[str, Any]) -> str:
     head = ["network", "parameters", "FLOPs", "prunable", "no rule", "trace, plan, slice (s)", "memory", "difference"]
     head += ["ONNX Runtime", "OpenVINO", "Torch-Pruning: graph, prune (s)"]
     lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
-    for name, row in found["networks"].items():
+    for name in NETWORKS:
+        row = found["networks"].get(name, {})
         if not {"trace_s", "difference"} <= row.keys():
             continue
         seconds = ", ".join(f"{row[k]:.2f}" for k in ("trace_s", "plan_s", "slice_s"))
@@ -257,15 +258,15 @@ def main() -> None:
     torch.set_num_threads(1)
     found = read_json(options.out) if options.out.is_file() else {"networks": {}}
     found["versions"], found["threads"] = versions(), 1
-    for name in options.networks or NETWORKS:
-        row = found["networks"].setdefault(name, {})
-        stages: dict[str, Any] = {"trace_s": functools.partial(in_process, published), "difference": exact}
-        stages |= ({"onnx": onnx} if options.onnx else {}) | ({"torch_pruning": beside} if options.beside else {})
-        for key, stage in stages.items():
+    stages: dict[str, Any] = {"trace_s": functools.partial(in_process, published), "difference": exact}
+    stages |= ({"torch_pruning": beside} if options.beside else {}) | ({"onnx": onnx} if options.onnx else {})
+    for key, stage in stages.items():
+        for name in options.networks or NETWORKS:
+            row = found["networks"].setdefault(name, {})
             if key not in row:
                 row |= stage(name)
                 write_json(options.out, found)
-        print(name, json.dumps(row), flush=True)
+                print(name, json.dumps(row), flush=True)
     print(table(found))
 
 
