@@ -18,7 +18,7 @@ from bar_edge.training import NoProgress, Progress
 
 #: (runtime, precision) -> forms worth a try, the most promising first (docs/mixed_connectivity.md)
 CANDIDATES = {
-    ("onnxruntime-cpu", "fp32"): ("gather:4", "slices:4", "blocks:16", "regular:16", "slices", "regular"),
+    ("onnxruntime-cpu", "fp32"): ("gather:4", "slices:4", "blocks:16", "regular:16", "scatter", "slices", "regular"),
     ("openvino-cpu", "fp32"): ("slices", "gather:4", "blocks:32", "regular:16", "slices:4", "regular"),
     ("onnxruntime-cpu", "int8"): ("slices:16", "regular:16", "gather:16", "slices", "regular"),
     ("openvino-cpu", "int8"): ("slices:16", "regular:16", "blocks:32", "regular"),
