@@ -25,7 +25,7 @@ from bar_edge.export.verify import MANIFEST, MODEL, SAMPLES, file_hash, read_man
 from bar_edge.records import write_json
 
 #: precision -> the largest max|a-b| / max|a| between torch in float32 and the engine that counts as equal
-TOLERANCES = {**EXACT, "fp16": 2e-2, "bf16": 1e-1}
+TOLERANCES = {**EXACT, "fp16": 2e-2, "bf16": 5e-2}
 #: bf16 files need opset 22, which 10.3 does not read
 READERS = {"fp32": VERSIONS, "fp16": VERSIONS, "bf16": ("10.16", "11"), "int8": VERSIONS}
 #: it is slow
