@@ -518,3 +518,9 @@ def test_a_layer_that_is_called_twice_keeps_what_either_call_needs() -> None:
     sliced = check(Net(body, a=conv(3, 6), h=conv(4, 2)), {"a": (0, 1, 3, 5)})
     layer = sliced.body.get_submodule("a")
     assert isinstance(layer, nn.Conv2d) and layer.out_channels == 3  # 1 and 3 first, 3 and 5 then
+
+
+def test_a_view_of_a_norm_of_an_expanded_tensor() -> None:
+    """Seed 1183 of the random networks, shrunken."""
+    body = lambda s, x: s.h(s.n(s.a(x).mean(-1, keepdim=True).expand(-1, -1, -1, 8)).view(-1, 4, 64).mean(-1))  # noqa: E731
+    check(Net(body, a=conv(3, 4), n=nn.BatchNorm2d(4), h=nn.Linear(4, 2)), {"a": (0, 2)})
