@@ -501,3 +501,26 @@ def test_a_projection_analyses_the_network_once(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cost, "units", counted)
     project(layout, scores, torch.ones(layout.size, dtype=torch.bool), "volume", count(network).volume / 2)
     assert len(calls) == 1  # that is `count` above
+
+
+def test_a_grouped_layer_that_is_called_twice_counts_what_is_read() -> None:
+    """Seed 593 of the random networks, shrunken: the channel that fills up a group is cut off behind both calls."""
+    body = lambda s, x: s.h(s.g(s.g(s.a(x))))  # noqa: E731
+    module = Net(body, a=conv(3, 8, groups=1), g=conv(8, 8, groups=2), h=conv(8, 2))
+    _, network, _ = traced(module)
+    kept = {"a": (1, 2, 5), "g": (2, 3, 6)}
+    plan = ChannelPlan(network=network.fingerprint, kept=kept)
+    assert count(network, plan) == count(check(module, kept))
+
+
+def test_a_layer_that_is_called_twice_keeps_what_either_call_needs() -> None:
+    body = lambda s, x: s.h(s.a(torch.sigmoid(s.a(x))[:, 1:4])[:, 2:])  # noqa: E731
+    sliced = check(Net(body, a=conv(3, 6), h=conv(4, 2)), {"a": (0, 1, 3, 5)})
+    layer = sliced.body.get_submodule("a")
+    assert isinstance(layer, nn.Conv2d) and layer.out_channels == 3  # 1 and 3 first, 3 and 5 then
+
+
+def test_a_view_of_a_norm_of_an_expanded_tensor() -> None:
+    """Seed 1183 of the random networks, shrunken."""
+    body = lambda s, x: s.h(s.n(s.a(x).mean(-1, keepdim=True).expand(-1, -1, -1, 8)).view(-1, 4, 64).mean(-1))  # noqa: E731
+    check(Net(body, a=conv(3, 4), n=nn.BatchNorm2d(4), h=nn.Linear(4, 2)), {"a": (0, 2)})
