@@ -126,8 +126,9 @@ def plain(source: Path, target: Path, images: Images) -> None:
 def accuracy_of(name: str, data: DataSource, folder: Path) -> dict[str, Any]:
     """Quantise one trained network; returns accuracies on the test split and the records."""
     source = folder / f"{name}.onnx"
-    network = Network.load(RESULTS / "cifar10" / name / "network").eval()
-    export_onnx(lower(network, "slices"), data.input_shape, source)
+    if not source.is_file():
+        network = Network.load(RESULTS / "cifar10" / name / "network").eval()
+        export_onnx(lower(network, "slices"), data.input_shape, source)
     scores: dict[str, float] = {}
 
     def score(path: Path) -> float:
