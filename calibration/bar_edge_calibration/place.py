@@ -147,7 +147,7 @@ class _Placer:
         levels = np.iinfo(zero.dtype)
         bounds = [f"{node.output[0]}/lowest", f"{node.output[0]}/highest"]
         for bound, level in zip(bounds, (levels.min, levels.max), strict=True):
-            self.graph.set_array(bound, np.float32((level - float(zero)) * scale))
+            self.graph.set_array(bound, np.asarray((level - float(zero)) * scale, np.float32))
         node.input[0] = f"{node.output[0]}/bounded"
         return helper.make_node("Clip", [name, *bounds], [node.input[0]], f"{node.output[0]}/bound")
 
