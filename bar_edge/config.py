@@ -144,6 +144,8 @@ class RunConfig:
     model_arg: tuple[str, ...] = ()
     weights: str | None = None
     teacher: str | None = None
+    #: latency table, for a budget in ms
+    table: str | None = None
     task: str = "classification"
     seed: int = 0
     max_drop: float | None = None

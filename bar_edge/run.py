@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bar_edge.config import RunConfig, to_toml
+from bar_edge.config import RunConfig, TrainConfig, to_toml
 from bar_edge.data import DataSource, Split
 from bar_edge.errors import InputError
 from bar_edge.export.widen import regular_form
 from bar_edge.methods import BAR, GateLayout, budget_limit, random_plan
 from bar_edge.methods.distillation import soft_cross_entropy
+from bar_edge.methods.projection import project
 from bar_edge.network import Network, count, is_network_folder, layers
 from bar_edge.records import Budget, ChannelPlan, read_json, write_json
 from bar_edge.specs import portable, read_data, read_network, sample_images, with_weights
 from bar_edge.surgery import masked_outputs, relative_difference, slice_network
+from bar_edge.table import LatencyTable
 from bar_edge.training import Distills, Journal, Phase, Progress, Task, evaluate, load_task, train
 from bar_edge_calibration import reestimate_batchnorm
 
@@ -45,10 +48,12 @@ class Run:
         self.network = read_network(config.model, config.model_arg, self.data.input_shape, len(self.data.classes))
         if config.weights:
             self.network = with_weights(config.model, config.model_arg, self.data, Path(config.weights))
+        self.table = LatencyTable.load(Path(config.table)) if config.table else None
         self.layout = self._layout(self.network)
         self.budget = Budget.parse(config.budget)
         self.limit = budget_limit(self.layout, self.budget)
-        _prepare_folder(out, to_toml(config), resume)
+        check_folder(out, resume)
+        _prepare_folder(out, to_toml(config))
         self.journal = Journal(out, resume=resume)
 
     def finished(self) -> bool:
@@ -107,6 +112,7 @@ class Run:
             soft_loss=self.task.distill if isinstance(self.task, Distills) else soft_cross_entropy,
             keep=c.keep,
             round_to=c.round_to,
+            table=self.table,
             seed=c.seed,
         )
         self._train(pruner.network, "prune", pruner=pruner)
@@ -114,16 +120,47 @@ class Run:
             self._reestimate(pruner.network.eval())  # sampled gates left statistics that the final gates do not have
         folded, plan, end = pruner.finish()
         self.end = end
+        if self.budget.metric == "ms":  # what a measurement may ask to be projected again
+            gates = pruner.network.gates
+            folded.save(self.out / "checkpoints" / "folded")
+            found = {"scores": gates.log_alpha.detach().cpu(), "opened": gates.opened().cpu()}
+            save_file(found, self.out / "checkpoints" / "gates.safetensors")
         return folded, plan, int(end["forced"])
 
-    def _layout(self, network: Network) -> GateLayout:
-        return GateLayout(network, keep=self.config.keep, round_to=self.config.round_to)
+    def corrected(self, limit: float) -> tuple[Network, ChannelPlan, int]:
+        """Project the gates that training left onto a lower limit in ms, slice, fine-tune for a third of the epochs.
 
-    def tune(self, sliced: Network, teacher: nn.Module) -> None:
-        """Fine-tune in place; without epochs, re-estimate BatchNorm and keep that if held-out images prefer it."""
+        The plan's channels are among those of the plan before.
+        """
+        dense, tune = self.dense(), self.config.train.tune
+        teacher = self.teacher(dense)
+        if self.config.method == "bar":
+            folded = Network.load(self.out / "checkpoints" / "folded")
+            gates = load_file(self.out / "checkpoints" / "gates.safetensors")
+            plan, forced = project(self._layout(folded), gates["scores"], gates["opened"], "ms", limit)
+        else:
+            folded, forced = dense, 0
+            plan = random_plan(self._layout(dense), "ms", limit, self.config.seed)
+        sliced = slice_network(folded, plan)
+        self.parity = masked_parity(folded, plan, sliced, self._images())
+        shorter = dataclasses.replace(self.config.train, tune=-(-tune // 3))
+        if self.config.method == "random":
+            self._train(sliced, "prune", teacher=teacher, again=shorter)
+        self.tune(sliced, teacher, shorter)
+        write_json(self.out / "plan.json", plan.to_json())
+        return sliced, plan, forced
+
+    def _layout(self, network: Network) -> GateLayout:
+        return GateLayout(network, keep=self.config.keep, round_to=self.config.round_to, table=self.table)
+
+    def tune(self, sliced: Network, teacher: nn.Module, again: TrainConfig | None = None) -> None:
+        """Fine-tune in place; without epochs, re-estimate BatchNorm and keep that if held-out images prefer it.
+
+        again: how, for a second time, which leaves no trace in the journal.
+        """
         self.reestimated = False
         if self.config.train.tune:
-            self._train(sliced, "tune", teacher=teacher)
+            self._train(sliced, "tune", teacher=teacher, again=again)
             return
         before, kept = copy.deepcopy(sliced.state_dict()), self.evaluate(sliced, "held_out")
         self._reestimate(sliced)
@@ -142,7 +179,7 @@ class Run:
         """Read the test split once, write network/ and result.json, and return the result."""
         sliced.save(self.out / "network")
         full, counts, regular = count(dense), count(sliced), count(regular_form(sliced))
-        achieved = counts.of(self.budget.metric)
+        achieved = self.layout.cost(plan.kept, self.budget.metric)
         metric = {"dense": self.evaluate(dense, "test"), "sliced": self.evaluate(sliced, "test")}
         drop = (metric["dense"] - metric["sliced"]) * (1 if self.task.higher_is_better else -1)
         within = achieved <= self.limit
@@ -163,7 +200,7 @@ class Run:
                 "limit": self.limit,
                 "achieved": achieved,
                 "within": within,
-                "basis": "counted",
+                "basis": "table" if self.budget.metric == "ms" else "counted",
                 "words": describe_budget(self.layout, self.budget)["words"],
             },
             "dense": {**dataclasses.asdict(full), "metric": metric["dense"]},
@@ -207,19 +244,25 @@ class Run:
         return evaluate(network, part, self.task, batch=train.batch, device=train.device, precision=train.precision)
 
     def _train(
-        self, network: nn.Module, phase: Phase, *, teacher: nn.Module | None = None, pruner: BAR | None = None
+        self,
+        network: nn.Module,
+        phase: Phase,
+        *,
+        teacher: nn.Module | None = None,
+        pruner: BAR | None = None,
+        again: TrainConfig | None = None,
     ) -> None:
         train(
             network,
             self.data,
             self.task,
-            self.config.train,
+            again or self.config.train,
             phase,
             seed=self.config.seed,
             teacher=teacher,
             distill=self.config.distill,
             pruner=pruner,
-            journal=self.journal,
+            journal=None if again else self.journal,
             progress=self.progress,
         )
 
@@ -227,17 +270,21 @@ class Run:
         return sample_images(self.data)
 
 
-def _prepare_folder(out: Path, toml: str, resume: bool) -> None:
-    """Make the RUN folder; refuses to overwrite another run, and to resume one with other options."""
+def check_folder(out: Path, resume: bool) -> None:
+    """Refuse to overwrite another run."""
+    if (out / "config.toml").is_file() and not resume:
+        raise InputError(
+            "a folder without a run in it",
+            got=f"{out.name}, which holds one",
+            consequence="nothing was started, the earlier run is intact",
+            remedy="choose another --out, or go on with --resume",
+        )
+
+
+def _prepare_folder(out: Path, toml: str) -> None:
+    """Make the RUN folder; refuses to resume a run with other options."""
     file = out / "config.toml"
     if file.is_file():
-        if not resume:
-            raise InputError(
-                "a folder without a run in it",
-                got=f"{out.name}, which holds one",
-                consequence="nothing was started, the earlier run is intact",
-                remedy="choose another --out, or go on with --resume",
-            )
         if file.read_text(encoding="utf-8") != toml:
             raise InputError(
                 "the options of the run that was stopped",
@@ -267,10 +314,12 @@ def masked_parity(folded: Network, plan: ChannelPlan, sliced: Network, images: T
 
 def describe_budget(layout: GateLayout, budget: Budget) -> dict[str, Any]:
     """Return a budget in all units, with what a uniform scaling of all widths would cost."""
-    full, limit = count(layout.network), budget_limit(layout, budget)
-    factor = full.of(budget.metric) / limit
+    limit = budget_limit(layout, budget)
+    factor = layout.cost({}, budget.metric) / limit
     flops = factor**2 if budget.metric == "volume" else factor
     words = f"{factor:.4g}x {budget.metric} = {limit:,.0f}"
+    if budget.metric == "ms":
+        words = f"{limit:g} ms, {factor:.4g}x below the whole network by the table"
     if budget.metric == "volume":
         words += f", expect about {flops:.3g}x FLOPs if all widths shrink alike"
     return {"text": budget.text, "unit": budget.metric, "limit": limit, "factor": factor, "words": words}

@@ -20,7 +20,7 @@ SAMPLE_IMAGES = 64
 
 def portable(config: RunConfig) -> RunConfig:
     """Return the configuration with paths relative to the working directory: none of this machine's is written down."""
-    named = {name: getattr(config, name) for name in ("model", "data", "weights", "teacher")}
+    named = {name: getattr(config, name) for name in ("model", "data", "weights", "teacher", "table")}
     paths = {name: os.path.relpath(value) for name, value in named.items() if value and os.path.isabs(value)}
     return dataclasses.replace(config, **paths)
 

@@ -200,7 +200,7 @@ def test_deploy_reads_a_file_and_hands_on_the_rest(pipeline, tmp_path):
             "inspect_model",
             ("m",),
             {"model_args": ("k=v",), "data": "digits", "input_shape": (1, 8, 8), "budget": "8x"}
-            | {"keep": ("h.*", "s=8"), "round_to": 4},
+            | {"keep": ("h.*", "s=8"), "round_to": 4, "table": None},
         ),
         (
             "slice --model m --plan p.json --weights w --out o",
@@ -273,7 +273,7 @@ def test_options_fit_the_real_pipeline():
         and isinstance(node.func, ast.Attribute)
         and getattr(node.func.value, "id", "") == "pipeline"
     ]
-    assert len(calls) == 8
+    assert len(calls) == 9
     for call in calls:
         signature = inspect.signature(getattr(real, call.func.attr))
         signature.bind(*call.args, **{keyword.arg: None for keyword in call.keywords})

@@ -9,11 +9,19 @@ import pytest
 
 #: a layer may import from its own package and from the layers above it in this list
 LAYERS = [
-    ["bar_edge.records", "bar_edge.errors", "bar_edge.config", "bar_edge.user_code", "bar_edge_kernels"],
+    [
+        "bar_edge.records",
+        "bar_edge.errors",
+        "bar_edge.config",
+        "bar_edge.user_code",
+        "bar_edge.table",
+        "bar_edge_kernels",
+    ],
     ["bar_edge.network", "bar_edge.data", "bar_edge.models", "bar_edge_calibration"],
     ["bar_edge.methods", "bar_edge.surgery"],
     ["bar_edge.training", "bar_edge.export", "bar_edge.bench"],
     ["bar_edge.report", "bar_edge.specs", "bar_edge.preflight", "bar_edge.run", "bar_edge.choice", "bar_edge.targets"],
+    ["bar_edge.profiling"],
     ["bar_edge.pipeline"],
     ["bar_edge_cli"],
 ]
@@ -22,7 +30,8 @@ RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 WITHIN_LAYER = {
     ("bar_edge.records", "bar_edge.errors"),
     ("bar_edge.config", "bar_edge.errors"),
-    ("bar_edge.user_code", "bar_edge.errors"),
+    ("bar_edge.table", "bar_edge.errors"),
+    ("bar_edge.table", "bar_edge.records"),
     ("bar_edge.user_code", "bar_edge.errors"),
     ("bar_edge.methods", "bar_edge.surgery"),  # `BAR.slice()`, the last of the five lines in a user's loop
     ("bar_edge.run", "bar_edge.specs"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bar_edge.config import BarConfig, DistillConfig
 from bar_edge.methods import hard_concrete
 from bar_edge.methods.barrier import BudgetSchedule, barrier
-from bar_edge.methods.cost import GateCost
+from bar_edge.methods.cost import gate_cost
 from bar_edge.methods.distillation import Distill, distillation_loss, soft_cross_entropy
 from bar_edge.methods.gate_optimizer import GATE_OPTIMIZERS, GateOptimizer
 from bar_edge.methods.gates import GatedNetwork, fold
@@ -21,14 +21,16 @@ from bar_edge.network import Network, trace
 from bar_edge.network.channels import TRANSPOSED
 from bar_edge.records import Budget, ChannelPlan
 from bar_edge.surgery import slice_network
+from bar_edge.table import LatencyTable
 
 
 class BAR:
     """Trains weights and gates together so that the network ends within a budget.
 
     model: a module or Network, copied. example_input: (N, ...), for tracing. budget: "16x", "25%:flops",
-    "194560act". steps: optimiser steps of the pruning phase. teacher: distilled from, in eval mode, if
-    given. keep, round_to: see GateLayout. Raises InputError for a budget below the smallest feasible cost.
+    "194560act", or "8ms" by a latency table. steps: optimiser steps of the pruning phase. teacher: distilled
+    from, in eval mode, if given. keep, round_to, table: see GateLayout. Raises InputError for a budget below
+    the smallest feasible cost.
 
     Use `network` as the model, pass the outputs through `loss`, step your own optimiser over `weights()`,
     then call `step()`; `slice()` ends it.
@@ -47,6 +49,7 @@ class BAR:
         soft_loss: Distill = soft_cross_entropy,
         keep: tuple[str, ...] = (),
         round_to: int = 1,
+        table: LatencyTable | None = None,
         seed: int = 0,
     ) -> None:
         self.config, self.distill, self.soft_loss = config or BarConfig(), distill or DistillConfig(), soft_loss
@@ -56,12 +59,12 @@ class BAR:
             assert example_input is not None, "a plain module needs an example input"
             dense = trace(model, example_input)
         self.dense = dense
-        self.layout = GateLayout(dense, keep=keep, round_to=round_to)
+        self.layout = GateLayout(dense, keep=keep, round_to=round_to, table=table)
         self.network = GatedNetwork(self.layout, decision=self.config.gate_decision, seed=seed).train()
         self.budget = Budget.parse(budget)
         limit = budget_limit(self.layout, self.budget)
         self.teacher = teacher.eval() if teacher is not None else None
-        self.cost = GateCost(self.layout, self.budget.metric)
+        self.cost = gate_cost(self.layout, self.budget.metric)
         c = self.config
         self.schedule = BudgetSchedule(
             full=self.cost.full,
@@ -94,7 +97,7 @@ class BAR:
         data_loss: your criterion, the mean over the batch; inputs, outputs: of this batch.
         """
         gates, total = self.network.gates, data_loss
-        if self.cost.n_in.device != gates.log_alpha.device:
+        if self.cost.always.device != gates.log_alpha.device:
             self._follow(gates.log_alpha.device)
         if self.teacher is not None and self.distill.alpha:
             with torch.no_grad():

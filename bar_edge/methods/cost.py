@@ -1,21 +1,25 @@
 """What a network costs as a function of its gates: hard, for the barrier, and expected, for the gradient.
 
 Volume: sum of area * E[n_out]; FLOPs: 2 k^2 area E[n_in] E[n_out]; parameters alike. A stream's channel
-exists unless all its writers are closed: E[n] = sum over channels of 1 - product of (1 - p).
+exists unless all its writers are closed: E[n] = sum over channels of 1 - product of (1 - p). Latency: by a table,
+at these widths.
 """
 
 from __future__ import annotations
+
+import abc
 
 import torch
 from torch import Tensor, fx, nn
 
 from bar_edge.methods.layout import GateLayout
 from bar_edge.network.cost import loose_params, units
+from bar_edge.network.latency import PricedOperations
 from bar_edge.records import Metric
 
 
-class GateCost(nn.Module):
-    """The cost of one metric in its own unit; gates are independent, dead layers are not yet removed."""
+class Cost(nn.Module, abc.ABC):
+    """What a network costs as a function of its gates; these are independent, dead layers are not yet removed."""
 
     always: Tensor
     single_gate: Tensor
@@ -23,25 +27,89 @@ class GateCost(nn.Module):
     slot_gate: Tensor
     slot: Tensor
     slot_row: Tensor
+    full: float
+
+    def __init__(self, layout: GateLayout, rows: _Rows) -> None:
+        super().__init__()
+
+        def join(parts: list[Tensor]) -> Tensor:
+            return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+        self.register_buffer("always", torch.tensor(rows.always, dtype=torch.float64), persistent=False)
+        for name in ("single_gate", "single_row", "slot_gate", "slot", "slot_row"):
+            self.register_buffer(name, join(getattr(rows, name)), persistent=False)
+        self.slots, self.layout = rows.slots, layout
+
+    @abc.abstractmethod
+    def expected(self, probability: Tensor) -> Tensor:
+        """Return the expected cost, differentiable in the gates' probabilities (gates,) of being open."""
+
+    @abc.abstractmethod
+    def hard(self, opened: Tensor) -> float:
+        """Return the cost with the given gates open, (gates,) bool."""
+
+    def alive(self, probability: Tensor) -> Tensor:
+        """Return the expected numbers of channels (rows,), for the gates' probabilities (gates,) of being open."""
+        p = self.layout.extended_probability(probability.double())
+        alive = self.always.index_add(0, self.single_row, p[self.single_gate])
+        if self.slots:
+            closed = p.new_zeros(self.slots).index_add(0, self.slot, torch.log1p(-p[self.slot_gate]))
+            alive = alive.index_add(0, self.slot_row, -torch.expm1(closed))
+        return alive
+
+
+def gate_cost(layout: GateLayout, metric: Metric) -> Cost:
+    """Return the cost that a budget of this metric limits."""
+    return LatencyCost(layout) if metric == "ms" else GateCost(layout, metric)
+
+
+class LatencyCost(Cost):
+    """The latency in ms by the layout's table: hard in the hardware's steps, expected between them.
+
+    expected: the price of the expected widths.
+    """
+
+    def __init__(self, layout: GateLayout) -> None:
+        assert layout.latency is not None, "budget_limit refuses milliseconds without a table"
+        rows = _Rows(layout)
+        entries = [(o.kind, tuple(rows.of(node, 0, 1) for node in o.tensors)) for o in layout.latency.operations]
+        super().__init__(layout, rows)
+        self.priced = PricedOperations(layout.latency.table, entries)
+        self.full = self.hard(torch.ones(layout.size, dtype=torch.bool))
+
+    def expected(self, probability: Tensor) -> Tensor:
+        """Return the latency at the expected widths, differentiable in the probabilities (gates,)."""
+        latency_ms: Tensor = self.priced(self.alive(probability), stepped=False)
+        return latency_ms
+
+    @torch.no_grad()
+    def hard(self, opened: Tensor) -> float:
+        """Return the latency with the given gates open, (gates,) bool, widths rounded up as the hardware does."""
+        # sums of zeros and ones through logarithms: what is almost whole is whole
+        return float(self.priced(self.alive(opened.double()).round(), stepped=True))
+
+
+class GateCost(Cost):
+    """The cost of one counted metric in its own unit."""
+
     n_in: Tensor
     n_out: Tensor
     out_rate: Tensor
     pair_rate: Tensor
 
     def __init__(self, layout: GateLayout, metric: Metric) -> None:
-        super().__init__()
         rows = _Rows(layout)
         entries: list[tuple[int, int, float, float]] = []
-        self.constant = 0.0
+        constant = 0.0
         if metric == "params":
-            self.constant += loose_params(layout.network, layout.found)
+            constant += loose_params(layout.network, layout.found)
         counted: set[str] = set()
         for unit in units(layout.network, layout.found):
             if metric == "params" and unit.node.op == "call_module":
                 if str(unit.node.target) in counted:
                     continue
                 counted.add(str(unit.node.target))
-                self.constant += unit.constant
+                constant += unit.constant
             out_rate = {"volume": unit.area, "params": unit.vectors}.get(metric, 0)
             pair_rate = {"flops": unit.flop_rate, "params": unit.weights}.get(metric, 0)
             if unit.alone:
@@ -56,33 +124,21 @@ class GateCost(nn.Module):
                 if out_rate or pair_rate:
                     entries.append((n_in, n_out, out_rate, pair_rate))
 
-        def join(parts: list[Tensor]) -> Tensor:
-            return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
-
+        super().__init__(layout, rows)
+        self.constant = constant
         rows_in, rows_out, out_rates, pair_rates = zip(*entries, strict=True) if entries else ((), (), (), ())
         for name, value in {
-            "always": torch.tensor(rows.always, dtype=torch.float64),
-            "single_gate": join(rows.single_gate),
-            "single_row": join(rows.single_row),
-            "slot_gate": join(rows.slot_gate),
-            "slot": join(rows.slot),
-            "slot_row": join(rows.slot_row),
             "n_in": torch.tensor(rows_in, dtype=torch.int64),
             "n_out": torch.tensor(rows_out, dtype=torch.int64),
             "out_rate": torch.tensor(out_rates, dtype=torch.float64),
             "pair_rate": torch.tensor(pair_rates, dtype=torch.float64),
         }.items():
             self.register_buffer(name, value, persistent=False)
-        self.slots, self.layout = rows.slots, layout
         self.full = self.hard(torch.ones(layout.size, dtype=torch.bool))
 
     def expected(self, probability: Tensor) -> Tensor:
         """Return the expected cost, differentiable in the gates' probabilities (gates,) of being open."""
-        p = self.layout.extended_probability(probability.double())
-        alive = self.always.index_add(0, self.single_row, p[self.single_gate])
-        if self.slots:
-            closed = p.new_zeros(self.slots).index_add(0, self.slot, torch.log1p(-p[self.slot_gate]))
-            alive = alive.index_add(0, self.slot_row, -torch.expm1(closed))
+        alive = self.alive(probability)
         n_out = alive[self.n_out]
         return (n_out * (self.out_rate + self.pair_rate * alive[self.n_in])).sum() + self.constant
 

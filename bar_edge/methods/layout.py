@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,8 +14,10 @@ from bar_edge.errors import InputError
 from bar_edge.network import Network, prunable
 from bar_edge.network.channels import Link, Passage, Passages, called_again, is_whole, passages
 from bar_edge.network.cost import CostCounter, scaled_by
-from bar_edge.records import ChannelPlan
+from bar_edge.network.latency import LatencyCounter
+from bar_edge.records import ChannelPlan, Metric
 from bar_edge.surgery.order import is_identity
+from bar_edge.table import LatencyTable
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,12 +55,19 @@ class GateLayout:
     keep: patterns of layer names (`head.*`, fnmatch) that are not pruned, or that keep at least so many
     channels (`stages.0.*=8`). round_to: widths end as multiples of it. offsets: layer name -> (first gate,
     number of gates), in graph order. least: layer name -> least width, of whole layers their own. writers:
-    per tensor, over gates and products. A product of two tensors that are both gated has one entry per
-    channel behind the gates (`extended`). Raises InputError for a
+    per tensor, over gates and products. table: what prices the network in ms. A product of two
+    tensors that are both gated has one entry per channel behind the gates (`extended`). Raises InputError for a
     pattern that fits no layer.
     """
 
-    def __init__(self, network: Network, *, keep: tuple[str, ...] = (), round_to: int = 1) -> None:
+    def __init__(
+        self,
+        network: Network,
+        *,
+        keep: tuple[str, ...] = (),
+        round_to: int = 1,
+        table: LatencyTable | None = None,
+    ) -> None:
         self.network, self.found, self.round_to = network, passages(network), round_to
         reasons = prunable(network, self.found)
         widths = {str(node.target): self.found[node].width for node in self.found if str(node.target) in reasons}
@@ -78,6 +88,7 @@ class GateLayout:
         self.writers = self._all_writers()
         self.groups = _groups(network, self.found, self.offsets)
         self.costs = CostCounter(network, self.found)
+        self.latency = LatencyCounter(network, self.found, table) if table is not None else None
 
     def __deepcopy__(self, memo: dict[int, object]) -> GateLayout:
         """Return the layout itself: it describes the graph, copies of a gated network share it."""
@@ -94,6 +105,13 @@ class GateLayout:
             name: tuple(flags[first : first + n].nonzero().flatten().tolist())
             for name, (first, n) in self.offsets.items()
         }
+
+    def cost(self, kept: Mapping[str, Sequence[int]], metric: Metric) -> float:
+        """Return what kept channels cost, dead layers removed; ms by the table."""
+        if metric == "ms":
+            assert self.latency is not None, "budget_limit refuses milliseconds without a table"
+            return self.latency.ms(kept)
+        return self.costs.count(kept).of(metric)
 
     def extended(self, opened: Tensor) -> Tensor:
         """Return the gates (gates,) of 0 and 1 with the channels of products appended."""

@@ -12,21 +12,17 @@ from bar_edge.errors import InputError
 from bar_edge.methods.layout import GateLayout
 from bar_edge.network.channels import Passage, is_whole
 from bar_edge.network.cost import units
-from bar_edge.records import Budget, ChannelPlan, Counts, Metric
-
-
-def full_counts(layout: GateLayout) -> Counts:
-    """Return the costs of the whole network."""
-    return layout.costs.count({})
+from bar_edge.records import Budget, ChannelPlan, Metric
 
 
 def budget_limit(layout: GateLayout, budget: Budget) -> float:
-    """Return the budget in its own unit; raises InputError if it is not counted or below the smallest feasible cost."""
-    if budget.metric == "ms":
+    """Return the budget in its own unit; raises InputError if nothing measures it or it is below what is feasible."""
+    if budget.metric == "ms" and layout.latency is None:
         raise InputError(
-            "a budget that can be counted: volume, FLOPs or parameters",
-            got=budget.text,
-            remedy="train for 8x, judge ms by bench",
+            "a latency table for a budget in milliseconds",
+            got=f"{budget.text} without one",
+            consequence="nothing was started",
+            remedy="`bar-edge profile` writes one for --table; `deploy` profiles this machine by itself",
         )
     if not layout.size:
         raise InputError(
@@ -35,22 +31,26 @@ def budget_limit(layout: GateLayout, budget: Budget) -> float:
             consequence="there is nothing to prune",
             remedy="see `bar-edge inspect` for what each layer lacks",
         )
-    if not full_counts(layout).of(budget.metric):
+    full = layout.cost({}, budget.metric)
+    if not full:
         raise InputError(
             "a network with a convolution",
             got=f"none: its {budget.metric} is 0",
             consequence="there is nothing to prune",
             remedy="linear layers alone have parameters only: give a budget such as 4x:params",
         )
-    limit = budget.limit(full_counts(layout).of(budget.metric))
-    least = smallest_cost(layout, budget.metric)
+    limit, least = budget.limit(full), smallest_cost(layout, budget.metric)
     if limit < least:
-        full = full_counts(layout).of(budget.metric)
+        ms = budget.metric == "ms"
+        smallest, given = (
+            (f"{math.ceil(1e3 * least) / 1e3:.3f}", f"{limit:g}") if ms else (f"{least:,}", f"{limit:,.0f}")
+        )
         raise InputError(
-            f"a budget of at least {least:,} {budget.metric} ({full / least:.4g}x), the cheapest path's",
-            got=f"{budget.text} = {limit:,.0f}",
+            f"a budget of at least {smallest} {budget.metric} ({full / least:.4g}x), the cheapest path's",
+            got=f"{budget.text} = {given}",
             consequence="no channel would connect the input with the output; nothing was started",
-            remedy=f"give a budget of at least {least}, or a smaller factor",
+            remedy=f"give a budget of at least {smallest.replace(',', '')}"
+            + (" ms" if ms else ", or a smaller factor"),
         )
     return limit
 
@@ -202,8 +202,12 @@ def _path_inputs(
 
 
 def _cheapest(layout: GateLayout, metric: Metric) -> dict[fx.Node, float]:
-    """Return for every tensor the cost of the cheapest way to it, with one channel per gated layer."""
+    """Return for every tensor the cost of the cheapest way to it, with one channel per gated layer.
+
+    In ms that is the way with the fewest FLOPs: one channel takes what a few take, wherever it is.
+    """
     found, network = layout.found, layout.network
+    metric = "flops" if metric == "ms" else metric
     by_node = {unit.node: unit for unit in units(network, found)}
     best: dict[fx.Node, float] = {}
     for node in network.nodes:
@@ -227,16 +231,16 @@ def protected_layers(layout: GateLayout, metric: Metric) -> list[str]:
     return [name for name, (start, n) in layout.offsets.items() if any(start <= i < start + n for i in first)]
 
 
-def smallest_cost(layout: GateLayout, metric: Metric) -> int:
+def smallest_cost(layout: GateLayout, metric: Metric) -> float:
     """Return the cost of the protected channels and nothing else."""
     scores = torch.zeros(layout.size)
     bundle = _bundles(layout, scores, torch.zeros(layout.size, dtype=torch.bool))
     return _cost_of(layout, bundle, bundle[_best(layout, scores, metric)], metric)
 
 
-def _cost_of(layout: GateLayout, bundle: Tensor, opened: Tensor, metric: Metric) -> int:
+def _cost_of(layout: GateLayout, bundle: Tensor, opened: Tensor, metric: Metric) -> float:
     """Return the cost of some open bundles."""
-    return layout.costs.count(layout.kept(torch.isin(bundle, opened))).of(metric)
+    return layout.cost(layout.kept(torch.isin(bundle, opened)), metric)
 
 
 def _best(layout: GateLayout, scores: Tensor, metric: Metric) -> Tensor:
@@ -295,8 +299,8 @@ def project(
         open_bundles[order[:closed]] = False
         return open_bundles[bundle]
 
-    def cost(closed: int) -> int:
-        return layout.costs.count(layout.kept(left(closed))).of(metric)
+    def cost(closed: int) -> float:
+        return layout.cost(layout.kept(left(closed)), metric)
 
     low, high = -1, len(order)  # cost(high) fits, cost(low) does not
     assert cost(high) <= limit, "the cheapest path fits every feasible budget"

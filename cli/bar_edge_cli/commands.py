@@ -34,7 +34,8 @@ _MODEL = _option(
 _BUDGET = _option(
     "--budget",
     metavar="B",
-    text="16x or 6.25% (of the activation volume), 16x:flops, 25%:params, 194560act, 50MFLOPs, 1.2Mparams.",
+    text="16x or 6.25% (of the activation volume), 16x:flops, 25%:params, 194560act, 50MFLOPs, 1.2Mparams, or 8ms by "
+    "--table.",
 )
 
 Model = Annotated[str, _MODEL]
@@ -121,6 +122,9 @@ Runtime = Annotated[
 ]
 Threads = Annotated[int, _option("--threads", metavar="N", text="Threads of the runtime.")]
 Seconds = Annotated[float, _option("--seconds", metavar="S", text="How long to measure.")]
+Table = Annotated[
+    str | None, _option("--table", metavar="FILE", text="Latency table of `bar-edge profile`, for a budget in ms.")
+]
 On = Annotated[
     str,
     _option(
@@ -145,6 +149,7 @@ def inspect(
     data: Data = None,
     input_shape: Input = None,
     budget: BudgetText = None,
+    table: Table = None,
     keep: Keep = None,
     round_to: RoundTo = None,
     json: Json = False,
@@ -163,7 +168,41 @@ def inspect(
         budget=budget,
         keep=tuple(keep or ()),
         round_to=round_to or 1,
+        table=Path(table) if table else None,
     )
+
+
+@app.command()
+def profile(
+    model: Model,
+    out: Annotated[Path, _option("--out", metavar="TABLE.json", text="The table; its plot lies beside it.")],
+    model_arg: ModelArg = None,
+    data: Data = None,
+    input_shape: Input = None,
+    runtime: Runtime = "onnxruntime-cpu",
+    threads: Threads = 1,
+    on: On = "local",
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Measure what a model's operations take on a device, for budgets in ms; goes on where it was stopped."""
+    shape = options.shape(input_shape)
+
+    from bar_edge import pipeline
+    from bar_edge_cli.progress import Terminal
+
+    with Terminal() as progress:
+        return pipeline.profile(
+            model,
+            out=out,
+            model_args=tuple(model_arg or ()),
+            data=data,
+            input_shape=shape,
+            runtime=runtime,
+            threads=threads,
+            on=on,
+            progress=progress,
+        )
 
 
 @app.command(epilog=_SETTABLE)
@@ -176,6 +215,7 @@ def prune(
     method: Method = None,
     weights: Weights = None,
     teacher: Teacher = None,
+    table: Table = None,
     epochs: Epochs = None,
     batch: Batch = None,
     device: Device = None,
@@ -337,6 +377,7 @@ def deploy(
     method: Method = None,
     weights: Weights = None,
     teacher: Teacher = None,
+    table: Table = None,
     epochs: Epochs = None,
     batch: Batch = None,
     device: Device = None,
@@ -359,8 +400,10 @@ def deploy(
     json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
-    """Prune, export and bench; a second --budget in ms, such as 8ms, judges the measured median."""
+    """Prune, export and bench; meets a --budget in ms, or judges the measured median by it beside another --budget."""
     budget, latency_budget = options.split_budgets(budgets or ())
+    if budget is None and (table or not (config_file or config)):  # nothing else to train for
+        budget, latency_budget = latency_budget, None
     resolved = options.resolve(config_file or config, options.given(locals()), assignments or ())
 
     from bar_edge import pipeline

@@ -1,0 +1,155 @@
+"""`bar-edge profile`: a latency table of a network's own operations, fitted to whole networks on the same device."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bar_edge.bench import bench_onnx
+from bar_edge.bench.profile import LINE_WIDTHS, Prober, find_step, undisturbed_ms
+from bar_edge.choice import CANDIDATES
+from bar_edge.errors import InputError
+from bar_edge.export.lowering import lower
+from bar_edge.export.onnx import export_onnx
+from bar_edge.export.placement import Form
+from bar_edge.methods import GateLayout, random_plan
+from bar_edge.network import Network, count
+from bar_edge.network.channels import passages
+from bar_edge.network.latency import LatencyCounter, largest_widths
+from bar_edge.records import ChannelPlan
+from bar_edge.surgery import slice_network
+from bar_edge.table import Kind, LatencyTable
+from bar_edge.training import NoProgress, Progress
+
+#: shares of the volume of the random plans to which a table is fitted
+SHARES = (0.7, 0.5, 0.35, 0.25, 0.15, 0.08)
+CHECK_S = 1.0
+
+
+def profile_network(
+    network: Network,
+    out: Path,
+    *,
+    model: str,
+    runtime: str = "onnxruntime-cpu",
+    threads: int = 1,
+    on: str = "local",
+    progress: Progress | None = None,
+) -> LatencyTable:
+    """Measure the network's operations, then a few random plans of it as whole files; write and return the table.
+
+    What was measured before a stop is not measured again. Raises what `bench_onnx` raises.
+    """
+    if (runtime, "fp32") not in CANDIDATES:
+        known = ", ".join(name for name, precision in CANDIDATES if precision == "fp32")
+        raise InputError(f"a runtime out of: {known}", got=runtime, consequence="nothing was measured")
+    progress = progress or NoProgress()
+    largest = largest_widths(network)
+    progress.phase("profile", 1, 0)
+    prober = Prober(
+        out.with_name(f".{out.name}.part"),
+        lambda n: progress.step({"phase": "profile", "epoch": 1, "step": n}),
+        runtime=runtime,
+        threads=threads,
+        on=on,
+    )
+    lines = _lines(prober, largest)
+    prices = prober.prices(largest)
+    lowering = CANDIDATES[runtime, "fp32"][0]
+    table = LatencyTable(
+        lowering=lowering,
+        rounding=max(4, Form.parse(lowering).rounding),
+        step=find_step(lines) if lines else 4,
+        prices=prices,
+        lines=tuple(lines),
+        model=model,
+        environment=prober.environment,
+    )
+    table = fit(table, network, _whole(prober, network, lowering))
+    progress.done()
+    table.save(out)
+    prober.memory.unlink(missing_ok=True)
+    return table
+
+
+def export_plan(network: Network, plan: ChannelPlan, lowering: str, file: Path) -> None:
+    """Write the network, sliced by the plan, in a form of its additions."""
+    sliced = slice_network(network, plan)
+    export_onnx(lower(sliced, lowering), sliced.input_shapes, file)
+
+
+def plot_table(table: LatencyTable, path: Path) -> None:
+    """Draw the hardware's steps: the time of the network's heaviest convolution over its widths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.5))
+    for line in table.lines:
+        side, other = ("inputs", "outputs") if line["axis"] == 0 else ("outputs", "inputs")
+        label = f"{side}, with {line['other']} {other}"
+        axes.plot(line["widths"], [1e3 * ms for ms in line["ms"]], "o-", markersize=3, label=label)
+    for width in range(table.step, LINE_WIDTHS[-1] + 1, table.step):
+        axes.axvline(width, color="grey", linewidth=0.5)
+    axes.set(xlabel="channels", ylabel="microseconds", ylim=(0, None))
+    if table.lines:
+        axes.set_title(f"{table.lines[0]['kind']}: steps of {table.step}", fontsize=10)
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def fit(table: LatencyTable, network: Network, measured: list[tuple[ChannelPlan, float]]) -> LatencyTable:
+    """Return the table with the scales and the constant under which it predicts whole networks best.
+
+    Least squares of relative errors, held to the measured prices by the weight of one network: few networks
+    do not tell apart what all of them have. The checks are of fits without the network that they check.
+    """
+    counter = LatencyCounter(network, passages(network), table)
+    parts = [counter.priced.parts(counter.widths(plan.kept), stepped=True) for plan, _ in measured]
+    rows = np.array([[float(layers), float(rest), 1.0] for layers, rest in parts])
+    ms = np.array([latency for _, latency in measured])
+
+    def solve(chosen: np.ndarray) -> np.ndarray:
+        a, b = rows[chosen] / ms[chosen, None], np.ones(int(chosen.sum()))
+        prior = np.diag([0.1, 0.1, 0.1 / float(ms.min())])
+        found: np.ndarray = np.linalg.lstsq(
+            np.vstack([a, prior]), np.concatenate([b, prior @ np.array([1.0, 1.0, 0.0])]), rcond=None
+        )[0]
+        return found
+
+    everything = np.ones(len(ms), dtype=bool)
+    without = [np.arange(len(ms)) != i for i in range(len(ms))]
+    checks = tuple((float(rows[i] @ solve(chosen)), float(ms[i])) for i, chosen in enumerate(without))
+    layer_scale, rest_scale, constant_ms = map(float, solve(everything))
+    return dataclasses.replace(
+        table, layer_scale=layer_scale, rest_scale=rest_scale, constant_ms=constant_ms, checks=checks
+    )
+
+
+def _lines(prober: Prober, largest: dict[Kind, tuple[int, ...]]) -> list[dict[str, Any]]:
+    """Measure the steps along inputs and outputs of the convolution with the most work."""
+    convolutions = {kind: widths for kind, widths in largest.items() if kind.op == "conv" and kind.groups == 1}
+    wide = {kind: widths for kind, widths in convolutions.items() if min(widths) >= 16}
+    if not wide:
+        return []
+    kind = max(wide, key=lambda k: np.prod(k.kernel) * np.prod(k.shape) * np.prod(wide[k]) / k.stride**2)
+    return [prober.line(kind, axis, min(64, wide[kind][1 - axis])) for axis in (0, 1)]
+
+
+def _whole(prober: Prober, network: Network, lowering: str) -> list[tuple[ChannelPlan, float]]:
+    """Measure random plans of the network, interleaved."""
+    layout, volume = GateLayout(network), count(network).volume
+    plans = [random_plan(layout, "volume", share * volume, seed) for seed, share in enumerate(SHARES)]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{i}.onnx" for i in range(len(plans))]
+        for plan, file in zip(plans, files, strict=True):
+            export_plan(network, plan, lowering, file)
+        found = bench_onnx(files, seconds=CHECK_S, **prober.options)
+    return list(zip(plans, map(undisturbed_ms, found), strict=True))
