@@ -137,7 +137,7 @@ def chain(kind: Kind, widths: tuple[int, ...], depth: int) -> bytes:
     from onnx import TensorProto, helper
 
     graph = _Graph(kind)
-    build: Callable[..., str] = {
+    builders: dict[str, Callable[..., str]] = {
         "conv": graph.convolutions,
         "transposed": graph.convolutions,
         "depthwise": graph.depthwise,
@@ -146,9 +146,9 @@ def chain(kind: Kind, widths: tuple[int, ...], depth: int) -> bytes:
         "each": graph.activations,
         "handover": graph.handovers,
         "add": graph.additions,
-    }[kind.op]
+    }
     first = {"add": widths[-1]}.get(kind.op, widths[0])
-    output = build(*widths, depth)
+    output = builders[kind.op](*widths, depth)
     value = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
         for name, shape in (("input", [1, first, *kind.shape]), (output, None))
