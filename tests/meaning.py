@@ -293,16 +293,6 @@ def _pad(call: Call) -> Channels:
     return _channelwise(call) if axis not in touched else _opaque(call)
 
 
-def _pixel_shuffle(call: Call) -> Channels:
-    """Elements move, but then a channel exists if any of its r * r sources does."""
-    factor = call.argument(1, "upscale_factor")
-    x = call.x
-    if channel_axis(x) not in (None, -3):
-        return _opaque(call)
-    exists = torch.pixel_shuffle(settled(x), factor).amax((0, 2, 3), keepdim=True)
-    return exists, -3
-
-
 def _cat(call: Call) -> Channels:
     parts, dim = _parts(call)
     axes = {axis for axis in (channel_axis(p) for p in parts if isinstance(p, Tracked)) if axis is not None}
@@ -355,7 +345,6 @@ _FUNCTIONS: dict[Rule, str] = {
     _along: "softmax log_softmax cumsum",
     _prelu: "prelu",
     _pad: "pad",
-    _pixel_shuffle: "pixel_shuffle",
     _cat: "cat concat concatenate",
     _stack: "stack",
 }
@@ -363,7 +352,8 @@ RULES = {name: rule for rule, names in _FUNCTIONS.items() for name in names.spli
 #: functions that only move elements: applied to existence and labels just as to values
 _MOVEMENTS = """view reshape flatten unflatten permute transpose swapaxes swapdims movedim moveaxis T mT t chunk split
     split_with_sizes tensor_split unsafe_chunk unsafe_split unbind select narrow index_select getitem squeeze unsqueeze
-    expand expand_as view_as reshape_as repeat tile repeat_interleave flip roll pixel_unshuffle channel_shuffle"""
+    expand expand_as view_as reshape_as repeat tile repeat_interleave flip roll pixel_shuffle pixel_unshuffle
+    channel_shuffle"""
 #: functions that move nothing
 _COPIES = "clone contiguous detach data to type type_as float double half bfloat16 cpu cuda"
 MOVEMENTS, COPIES = set(_MOVEMENTS.split()), set(_COPIES.split())

@@ -524,3 +524,9 @@ def test_a_view_of_a_norm_of_an_expanded_tensor() -> None:
     """Seed 1183 of the random networks, shrunken."""
     body = lambda s, x: s.h(s.n(s.a(x).mean(-1, keepdim=True).expand(-1, -1, -1, 8)).view(-1, 4, 64).mean(-1))  # noqa: E731
     check(Net(body, a=conv(3, 4), n=nn.BatchNorm2d(4), h=nn.Linear(4, 2)), {"a": (0, 2)})
+
+
+def test_a_pixel_shuffle_there_and_back() -> None:
+    """Seed 1650 of the random networks, shrunken: each channel comes back as itself, a group without any is dead."""
+    body = lambda s, x: s.h(s.g(F.pixel_unshuffle(F.pixel_shuffle(s.a(x), 2), 2)))  # noqa: E731
+    check(Net(body, a=conv(3, 4), g=conv(4, 6, groups=2), h=conv(6, 2)), {"a": (0,), "g": (1, 4)})
