@@ -21,6 +21,7 @@ from bar_edge.export.placement import (
     Placement,
     Stream,
     plain_reader,
+    plain_sum,
     residual_streams,
     rounded_placements,
     stream_placements,
@@ -130,7 +131,7 @@ class _Lowerer:
             each = passage is not None and is_identity(passage) and node.op == "call_function"
             alone = each and node.all_input_nodes == [source] and node.target not in MOVEMENTS
             keeps = alone and passage is not None and passage.keeps_zero and passage.axis == 1
-            if node in self.runs and passage is not None and passage.kind == "add":
+            if node in self.runs and passage is not None and passage.kind == "add" and self._sums(node):
                 self._add_parts(node)
             elif source in self.parts and keeps:
                 self.parts[node] = {k: self._once(node, part) for k, part in self.parts[source].items()}
@@ -289,6 +290,9 @@ class _Lowerer:
             pair = tuple(parts[first] for parts in (a, b) if first in parts)
             sums[first] = pair[0] if len(pair) == 1 else self.graph.call_function(aten.add.Tensor, pair)
         self.parts[node] = sums
+
+    def _sums(self, node: fx.Node) -> bool:
+        return plain_sum(self.network, self.found[node], node) and len(set(node.all_input_nodes)) == 2
 
     def _in_parts(self, node: fx.Node) -> dict[int, fx.Node]:
         if node not in self.parts:

@@ -187,7 +187,8 @@ def plain_sum(network: Network, passage: Passage, node: fx.Node) -> bool:
     if isinstance(network.module_of(node), MixedAdd):
         return True
     shapes = {network.shapes[source.name] for source in node.all_input_nodes if source.name in network.shapes}
-    return node.target is aten.add.Tensor and len(passage.links) == 2 and passage.axis == 1 and len(shapes) == 1
+    plain = node.target is aten.add.Tensor and not node.kwargs
+    return plain and len(passage.links) == 2 and passage.axis == 1 and len(shapes) == 1
 
 
 # ------------------------------------------------------------------------------------------ inside
