@@ -14,7 +14,7 @@ demo: .venv/installed
 	rm -rf $(RUN)
 	$(BIN)/bar-edge prune --model resnet20 --data digits --budget 8x --max-drop 1 --epochs dense=30,prune=60,tune=60 \
 		--batch 32 --set train.lr_dense=0.05 --set train.precision=fp32 --set train.threads=1 --out $(RUN)
-	$(BIN)/bar-edge export $(RUN) --target onnx
+	$(BIN)/bar-edge export $(RUN) --target onnx --choice-seconds 30
 	$(BIN)/bar-edge bench $(ARTIFACT)
 	$(BIN)/bar-edge verify $(ARTIFACT)
 	$(BIN)/bar-edge report $(RUN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from bar_edge.training import NoProgress, Progress
 
 #: (runtime, precision) -> forms worth a try, the most promising first (docs/mixed_connectivity.md)
 CANDIDATES = {
-    ("onnxruntime-cpu", "fp32"): ("gather:4", "slices:4", "blocks:16", "regular:16", "slices", "regular"),
+    ("onnxruntime-cpu", "fp32"): ("gather:4", "slices:4", "blocks:16", "regular:16", "scatter", "slices", "regular"),
     ("openvino-cpu", "fp32"): ("slices", "gather:4", "blocks:32", "regular:16", "slices:4", "regular"),
+    ("onnxruntime-cpu", "int8"): ("slices:16", "regular:16", "gather:16", "slices", "regular"),
+    ("openvino-cpu", "int8"): ("slices:16", "regular:16", "blocks:32", "regular"),
     ("openvino-cpu", "bf16"): ("slices:16", "blocks:32", "regular:16", "zero-filled:16", "slices", "regular"),
 }
 #: for a runtime that is not among them
 ELSEWHERE = ("gather:4", "slices", "zero-filled:16", "regular:16", "regular")
-REGULAR = "regular"
+REGULAR, DENSE = "regular", "dense"
 #: how long each file is measured, in seconds: to choose, and to judge the choice
 CHOOSE_S, JUDGE_S = 0.5, 1.5
 #: share of the time after which no further form is tried for the whole network
@@ -55,20 +58,24 @@ def choose_lowering(
     threads: int = 1,
     seconds: float = 60.0,
     preprocessing: Preprocessing | None = None,
+    convert: Callable[[Path], None] | None = None,
     progress: Progress | None = None,
 ) -> Choice:
     """Measure whole-network candidates, then change the form stream by stream as long as that helps and time is left.
 
     The winner is measured anew in a fresh process, in turn with the regular form and the dense network: the
-    faster of the two forms is chosen. seconds: for all but that last measurement. The same choice can be
-    exported again by its text. Raises what `bench_onnx` and `export_onnx` raise.
+    faster of the two forms is chosen. seconds: for all but that last measurement. convert: what turns a file in
+    float32 into one of the precision, in place, good enough to measure its speed. The same choice can be exported
+    again by its text. Raises what `bench_onnx` and `export_onnx` raise.
     """
     progress, start = progress or NoProgress(), time.monotonic()
     streams = count_streams(network)
     known: tuple[str, ...] = CANDIDATES.get((runtime, precision), ELSEWHERE)
     candidates = [c for c in known if streams or c.startswith("slices")]
     with tempfile.TemporaryDirectory() as folder:
-        trial = _Trial(network, Path(folder), runtime, precision, threads, preprocessing)
+        trial = _Trial(network, dense, Path(folder), preprocessing, convert)
+        # what a file of integers computes in is in the file
+        trial.options = {"runtime": runtime, "threads": threads, "precision": precision if convert is None else "fp32"}
         progress.phase("lowering", 1, len(candidates) + streams)
         files: list[str] = []
         for i, candidate in enumerate([*candidates, REGULAR] if streams else candidates):
@@ -93,50 +100,46 @@ def choose_lowering(
             progress.step({"phase": "lowering", "epoch": 1, "step": len(candidates) + i + 1})
         regular = REGULAR if streams else "slices"
         trial.export(regular)
-        export_onnx(dense, dense.input_shapes, trial.file("dense"), preprocessing=preprocessing)
+        trial.export(DENSE)
         # a fresh process: of many candidates the one that was lucky looks best
-        measured = trial.bench(list(dict.fromkeys([best, regular, "dense"])), JUDGE_S)
-        medians = dict(zip(dict.fromkeys([best, regular, "dense"]), map(median_ms, measured), strict=True))
+        last = list(dict.fromkeys([best, regular, DENSE]))
+        measured = trial.bench(last, JUDGE_S)
+        medians = dict(zip(last, map(median_ms, measured), strict=True))
     progress.done()
     chosen = min((best, regular), key=medians.__getitem__)
     progress.note(
-        f"lowering {chosen}: {medians[chosen]:.3f} ms; regular {medians[regular]:.3f}, dense {medians['dense']:.3f}"
+        f"lowering {chosen}: {medians[chosen]:.3f} ms; regular {medians[regular]:.3f}, dense {medians[DENSE]:.3f}"
     )
     return Choice(
         lowering=chosen,
-        faster=medians[chosen] < medians["dense"],
+        faster=medians[chosen] < medians[DENSE],
         chosen_ms=medians[chosen],
         regular_ms=medians[regular],
-        dense_ms=medians["dense"],
+        dense_ms=medians[DENSE],
         tried_ms=tried,
         environment=measured[0].environment,
     )
 
 
+@dataclasses.dataclass
 class _Trial:
-    def __init__(
-        self,
-        network: Network,
-        folder: Path,
-        runtime: str,
-        precision: str,
-        threads: int,
-        preprocessing: Preprocessing | None,
-    ) -> None:
-        self.network, self.folder, self.preprocessing = network, folder, preprocessing
-        self.options: dict[str, Any] = {"runtime": runtime, "precision": precision, "threads": threads}
+    network: Network
+    dense: Network
+    folder: Path
+    preprocessing: Preprocessing | None
+    convert: Callable[[Path], None] | None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def file(self, lowering: str) -> Path:
         return self.folder / f"{lowering.replace(':', '_')}.onnx"
 
     def export(self, lowering: str) -> None:
-        if not self.file(lowering).is_file():
-            export_onnx(
-                lower(self.network, lowering),
-                self.network.input_shapes,
-                self.file(lowering),
-                preprocessing=self.preprocessing,
-            )
+        file = self.file(lowering)
+        if not file.is_file():
+            form = self.dense if lowering == DENSE else lower(self.network, lowering)
+            export_onnx(form, form.input_shapes, file, preprocessing=self.preprocessing)
+            if self.convert is not None:
+                self.convert(file)
 
     def bench(self, lowerings: list[str], seconds: float = CHOOSE_S) -> list[Any]:
         return bench_onnx([self.file(text) for text in lowerings], seconds=seconds, **self.options)

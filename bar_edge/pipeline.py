@@ -6,15 +6,17 @@ import dataclasses
 import importlib.util
 import platform
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bar_edge import targets
 from bar_edge.bench import bench_onnx, compare, load_measurement, meets, runtimes_here, save_measurement, summary
 from bar_edge.choice import choose_lowering
 from bar_edge.config import RunConfig, read_toml, run_config
-from bar_edge.errors import EnvironmentLacks, InputError
+from bar_edge.errors import InputError
 from bar_edge.export.artifact import ArtifactSpec, write_artifact
 from bar_edge.export.lowering import lower
 from bar_edge.export.onnx import Preprocessing, parity_onnx
@@ -32,9 +34,8 @@ from bar_edge.run import PARITY_LIMIT, Run, check_folder, describe_budget, maske
 from bar_edge.specs import build_module, read_data, read_network, sample_images, shape_and_classes, trace_module
 from bar_edge.surgery import slice_network
 from bar_edge.table import LatencyTable
-from bar_edge.training import NoProgress, Progress
+from bar_edge.training import NoProgress, Progress, load_task
 
-TARGETS = ("onnx", "torch")
 #: how often `deploy` corrects a network that misses its budget in ms, and the share of the budget it then aims at
 ROUNDS, SPARE = 3, 0.98
 SAMPLES = 8
@@ -186,42 +187,42 @@ def export_run(
     target: str = "onnx",
     precision: str = "fp32",
     lowering: str = "auto",
-    runtime: str = "onnxruntime-cpu",
+    runtime: str | None = None,
     threads: int = 1,
     choice_seconds: float = 60.0,
     with_preprocessing: bool = False,
     data: str | None = None,
+    max_drop: float | None = None,
+    on: str = "local",
     out: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Export a RUN's network as an artifact folder, compare it with torch on real images, and note both.
 
-    runtime, threads, choice_seconds: with which `auto` measures, and how long. The verdict is no if the file
-    computes something else (an earlier artifact then stays), or if `auto` finds the dense network faster.
+    runtime, threads, choice_seconds: with which `auto` measures, and how long. max_drop: of the metric in INT8, in
+    points. on: where an engine is built. The verdict is no if the file computes something else (an earlier
+    artifact then stays), if `auto` finds the dense network faster, or if the metric drops by more than max_drop.
     """
-    if target not in TARGETS or precision != "fp32":
-        raise EnvironmentLacks(
-            f"a target out of: {', '.join(TARGETS)}, in fp32",
-            got=f"{target}, {precision}",
-            consequence="nothing was written",
-        )
+    targets.check_target(target, precision, on)
     result, config = _read_result(run), run_config(read_toml(run / "config.toml"))
-    network = Network.load(run / "network")
+    network, folder = Network.load(run / "network"), out or run / "artifacts" / f"{target}-{precision}"
     if target == "torch":
-        folder = out or run / "artifacts" / "torch-fp32"
-        source = write_torch_source(network, folder)
-        return {"verdict": True, "artifact": str(folder), "file": source.name}
+        return {"verdict": True, "artifact": str(folder), "file": write_torch_source(network, folder).name}
     preprocessing = Preprocessing(mean=tuple(result["input"]["mean"]), std=tuple(result["input"]["std"]))
     inside = preprocessing if with_preprocessing else None
     choice = None
+    if lowering == "auto" and target not in targets.RUNTIMES:
+        lowering = targets.UNMEASURED[precision]
     if lowering == "auto":
         choice = choose_lowering(
             network,
             Network.load(run / "dense"),
-            runtime=runtime,
+            runtime=runtime or targets.RUNTIMES[target],
+            precision=precision,
             threads=threads,
             seconds=choice_seconds,
             preprocessing=inside,
+            convert=targets.for_speed(target, precision),
             progress=progress,
         )
         lowering = choice.lowering
@@ -233,31 +234,57 @@ def export_run(
         plan=ChannelPlan.from_json(read_json(run / "plan.json")),
         lowering=lowering,
         choice=dataclasses.asdict(choice) if choice else None,
+        target=target,
     )
-    images = sample_images(read_data(dataclasses.replace(config, data=data or config.data)))
-    if with_preprocessing:
-        mean, std = (torch.tensor(result["input"][key])[:, None, None] for key in ("mean", "std"))
-        images = ((images * std + mean) * 255).round().to(torch.uint8)
-    folder = out or run / "artifacts" / f"{target}-{precision}"
+    source = read_data(dataclasses.replace(config, data=data or config.data))
+    mean, std = (torch.tensor(result["input"][key])[:, None, None] for key in ("mean", "std"))
+
+    def as_input(images: torch.Tensor) -> torch.Tensor:
+        return ((images * std + mean) * 255).round().to(torch.uint8) if with_preprocessing else images
+
+    images = as_input(sample_images(source))
+    final = precision == "fp32" and target in targets.RUNTIMES
     lowered = lower(network, lowering)
-    manifest = write_artifact(lowered, folder, samples=images[:SAMPLES], spec=spec, reference=network)
-    within = bool(manifest["parity"]["within"])
-    parity = manifest["parity"]["error"]
-    if within:
-        parity = parity_onnx(network, folder / "model.onnx", images, preprocessing=inside)
-        within = parity <= manifest["parity"]["tolerance"]
-    result["parity"]["sliced_vs_onnx"] = parity
-    write_json(run / "result.json", result)
+    with tempfile.TemporaryDirectory() as scratch:
+        first = folder if final else Path(scratch) / "fp32"
+        number = targets.BUNDLE_SAMPLES if target.startswith("trt") else SAMPLES
+        manifest = write_artifact(lowered, first, samples=images[:number], spec=spec, reference=network)
+        within, parity = bool(manifest["parity"]["within"]), manifest["parity"]["error"]
+        if within:
+            parity = parity_onnx(network, first / "model.onnx", images, preprocessing=inside)
+            within = parity <= manifest["parity"]["tolerance"]
+        result["parity"]["sliced_vs_onnx"] = parity
+        write_json(run / "result.json", result)
+        speed = None
+        if within and not final:
+            manifest = targets.write_converted(
+                first,
+                folder,
+                target=target,
+                precision=precision,
+                data=source,
+                task=load_task(config.task),
+                structure=network.out_spec,
+                as_input=as_input,
+                max_drop=max_drop,
+                on=on,
+            )
+            speed = targets.faster_than(folder, first, target, threads)
     executed = count_executed(lowered)
+    conversion = manifest.get("conversion") or {}
+    dropped = max_drop is not None and conversion.get("held_out", {}).get("drop_points", 0.0) > max_drop
+    written = manifest["parity"]["within"] is not False
     return {
-        "verdict": within and (choice is None or choice.faster),
+        "verdict": within and written and not dropped and (choice is None or choice.faster),
         "artifact": str(folder),
         "lowering": lowering,
         "choice": manifest["choice"],
-        "parity": {"sliced_vs_onnx": parity, "images": len(images)},
+        "parity": {"sliced_vs_onnx": parity, "images": len(images), precision: manifest["parity"]["error"]},
+        "held_out": conversion.get("held_out"),
+        "speedup_over_fp32": speed,
         "volume_executed": executed.volume,
         "flops_executed": executed.flops,
-        "bytes": (folder / "model.onnx").stat().st_size if within else None,
+        "bytes": (folder / "model.onnx").stat().st_size if within and written else None,
     }
 
 

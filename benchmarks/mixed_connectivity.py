@@ -5,13 +5,14 @@ threads: "ours" is chosen among the candidates of `--lowering auto` in one measu
 in turn with the regular form, the literal one (paper) and first-write order with ScatterND, then with the
 dense network. The masks are those of benchmarks/masks.py. Resumable: what results/mixed_connectivity.json
 holds is not measured again. Run: python benchmarks/mixed_connectivity.py
-[--cells wrn-28-12] [--table|--profile|--bf16|--modules]
+[--cells wrn-28-12] [--table|--profile|--bf16|--modules|--full-width]
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import json
 import math
 import os
@@ -254,6 +255,40 @@ def low_precision(seeds: range = range(3)) -> str:
     return "\n".join(lines)
 
 
+def full_width(seeds: range = range(3)) -> str:
+    """Return wrn-28-12 against a stream at its full width (stem and shortcuts whole), literally, as Markdown.
+
+    That is what a block with gather and scatter-add costs if nothing but the blocks is sliced.
+    """
+    lines = [
+        "| factor | seed | full-width, literal ms | regular ms | gather:4 ms | x full width | x regular |",
+        "|---" * 7 + "|",
+    ]
+    for factor in (8, 16):
+        for seed in seeds:
+            dense, sliced = networks("wrn-28-12", factor, seed)
+            plan = uneven_plan(dense, factor, seed)
+            whole = {
+                name: tuple(range(dense.body.get_submodule(name).out_channels))
+                if name == "conv1" or "shortcut" in name
+                else ids
+                for name, ids in plan.kept.items()
+            }
+            naive = slice_network(dense, dataclasses.replace(plan, kept=whole))
+            with tempfile.TemporaryDirectory() as folder:
+                files = [Path(folder) / f"{name}.onnx" for name in ("naive", "regular", "ours")]
+                for file, (form, lowering) in zip(
+                    files, ((naive, "paper"), (sliced, "regular"), (sliced, "gather:4")), strict=True
+                ):
+                    export_onnx(lower(form, lowering), dense.input_shapes, file)
+                a, b, c = bench_onnx(files, seconds=JUDGE_S)
+            lines.append(
+                f"| {factor}x | {seed} | {median_ms(a):.3f} | {median_ms(b):.3f} | {median_ms(c):.3f} "
+                f"| {compare(c, a).speedup:.2f} | {compare(c, b).speedup:.2f} |"
+            )
+    return "\n".join(lines)
+
+
 def modules() -> str:
     """Return the plain nn.Modules in torch, eager and compiled, batch 1, one thread, as Markdown."""
     torch.set_num_threads(1)
@@ -289,8 +324,14 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="only print where the time goes")
     parser.add_argument("--bf16", action="store_true", help="only measure OpenVINO in bf16")
     parser.add_argument("--modules", action="store_true", help="only measure the nn.Modules in torch")
+    parser.add_argument("--full-width", action="store_true", help="only measure the stream at its full width")
     options = parser.parse_args()
-    for wanted, show in ((options.profile, profile), (options.bf16, low_precision), (options.modules, modules)):
+    for wanted, show in (
+        (options.full_width, full_width),
+        (options.profile, profile),
+        (options.bf16, low_precision),
+        (options.modules, modules),
+    ):
         if wanted:
             print(show())
             return

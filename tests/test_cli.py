@@ -236,11 +236,13 @@ def test_deploy_reads_a_file_and_hands_on_the_rest(pipeline, tmp_path):
                 "target": "onnx",
                 "precision": "fp32",
                 "lowering": "regular",
-                "runtime": "onnxruntime-cpu",
+                "runtime": None,
                 "threads": 1,
                 "choice_seconds": 60.0,
                 "with_preprocessing": True,
                 "data": None,
+                "max_drop": None,
+                "on": "local",
                 "out": Path("o"),
             },
         ),
@@ -284,7 +286,7 @@ def test_options_fit_the_real_pipeline():
         and isinstance(node.func, ast.Attribute)
         and getattr(node.func.value, "id", "") == "pipeline"
     ]
-    assert len(calls) == 8
+    assert len(calls) == 9
     for call in calls:
         signature = inspect.signature(getattr(real, call.func.attr))
         signature.bind(*call.args, **{keyword.arg: None for keyword in call.keywords})

@@ -20,7 +20,9 @@ LAYERS = [
     ["bar_edge.network", "bar_edge.data", "bar_edge.models", "bar_edge_calibration"],
     ["bar_edge.methods", "bar_edge.surgery"],
     ["bar_edge.training", "bar_edge.export", "bar_edge.bench"],
-    ["bar_edge.report", "bar_edge.specs", "bar_edge.preflight", "bar_edge.run", "bar_edge.pipeline"],
+    ["bar_edge.report", "bar_edge.specs", "bar_edge.preflight", "bar_edge.run", "bar_edge.choice", "bar_edge.targets"],
+    ["bar_edge.profiling"],
+    ["bar_edge.pipeline"],
     ["bar_edge_cli"],
 ]
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
@@ -33,10 +35,6 @@ WITHIN_LAYER = {
     ("bar_edge.user_code", "bar_edge.errors"),
     ("bar_edge.methods", "bar_edge.surgery"),  # `BAR.slice()`, the last of the five lines in a user's loop
     ("bar_edge.run", "bar_edge.specs"),
-    ("bar_edge.pipeline", "bar_edge.specs"),
-    ("bar_edge.pipeline", "bar_edge.preflight"),
-    ("bar_edge.pipeline", "bar_edge.run"),
-    ("bar_edge.pipeline", "bar_edge.report"),
 }
 ROOTS = {"bar_edge": "", "bar_edge_cli": "cli", "bar_edge_kernels": "kernels", "bar_edge_calibration": "calibration"}
 

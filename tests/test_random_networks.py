@@ -227,7 +227,7 @@ def only(block: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, seed: int) 
 def test_a_plan_that_keeps_everything_means_the_users_network(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[str] = set()
     for block in BLOCKS:
-        for seed in range(4):
+        for seed in (2, 3, 4):
             case = only(block, monkeypatch, seed)
             assert Case.from_json(case.to_json()) == case
             module, inputs = enliven(RandomNetwork(case), seed), inputs_of(case)

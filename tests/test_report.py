@@ -104,6 +104,19 @@ class Page(html.parser.HTMLParser):
             self.words.append(data)
 
 
+def test_page_says_how_the_file_was_made(run):
+    manifest = {
+        "precision": "int8",
+        "lowering": "gather:4",
+        "choice": {"lowering": "gather:4", "chosen_ms": 1.25, "regular_ms": 2.5, "dense_ms": 9.75},
+        "conversion": {"held_out": {"fp32": 0.91, "int8": 0.905, "drop_points": 0.5}},
+    }
+    (run / "artifacts" / "onnx-fp32" / "manifest.json").write_text(json.dumps(manifest))
+    text = Page(write_report(run).read_text()).text
+    for said in ("gather:4 (chosen) 1.250", "regular blocks 2.500", "dense network 9.750", "91.00 %", "90.50 %"):
+        assert said in text
+
+
 def test_page_says_what_the_files_say(run):
     path = write_report(run)
     assert path == run / "report.html"

@@ -15,7 +15,7 @@ from bar_edge.export.lowering import LOWERINGS, lower
 from bar_edge.methods import BAR, GateLayout, smallest_cost
 from bar_edge.methods.gates import GatedNetwork
 from bar_edge.methods.projection import project, protected_gates
-from bar_edge.network import MixedAdd, Network, count, prunable, trace
+from bar_edge.network import MixedAdd, Network, cost, count, prunable, trace
 from bar_edge.network.liveness import held_channels
 from bar_edge.network.mixed import PartialNorm
 from bar_edge.records import ChannelPlan
@@ -459,3 +459,68 @@ def test_a_pixel_shuffle_into_one_channel() -> None:
     body = lambda s, x: s.h(torch.cos(up_by_views(s.a(x))))  # noqa: E731
     check(Net(body, a=conv(3, 4), h=conv(1, 2)), {"a": (0, 3)})
     check(Net(body, a=conv(3, 4), h=conv(1, 2)), {"a": ()})
+
+
+def test_a_parameter_of_a_dead_branch_is_not_counted() -> None:
+    class Scaled(nn.Module):
+        """A scale of one number per branch, as LayerScale has it where there is one channel."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.s, self.a, self.b, self.h = conv(3, 4), conv(4, 4), conv(4, 4), conv(4, 2)
+            self.g = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.s(x)
+            return self.h(y + self.g * self.b(self.a(y)))
+
+    _, network, _ = traced(Scaled())
+    plan = ChannelPlan(network=network.fingerprint, kept={"a": ()})
+    sliced = slice_network(network, plan)
+    assert count(network, plan) == count(sliced)
+    assert count(sliced).params == sum(p.numel() for p in sliced.parameters())
+
+
+def test_writers_are_copied_to_a_device_once() -> None:
+    _, network, _ = traced(Net(lambda s, x: s.h(F.relu(s.a(x) + s.b(x))), a=conv(3, 8), b=conv(3, 8), h=conv(8, 2)))
+    layout, device = GateLayout(network), torch.device("meta")
+    writers = next(w for node, w in layout.writers.items() if "add" in node.name)
+    assert writers._on(device) is writers._on(device) and writers._on(torch.device("cpu")) is writers
+    assert writers.alive(torch.ones(layout.size, device=device)).device == device
+
+
+def test_a_projection_analyses_the_network_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, network, _ = traced(Net(lambda s, x: s.h(F.relu(s.b(s.a(x)))), a=conv(3, 32), b=conv(32, 32), h=conv(32, 2)))
+    layout, calls = GateLayout(network), list[None]()
+    analysed, scores = cost.units, torch.rand(layout.size, generator=torch.Generator().manual_seed(0))
+
+    def counted(*args: Any) -> Any:
+        calls.append(None)
+        return analysed(*args)
+
+    monkeypatch.setattr(cost, "units", counted)
+    project(layout, scores, torch.ones(layout.size, dtype=torch.bool), "volume", count(network).volume / 2)
+    assert len(calls) == 1  # that is `count` above
+
+
+def test_a_grouped_layer_that_is_called_twice_counts_what_is_read() -> None:
+    """Seed 593 of the random networks, shrunken: the channel that fills up a group is cut off behind both calls."""
+    body = lambda s, x: s.h(s.g(s.g(s.a(x))))  # noqa: E731
+    module = Net(body, a=conv(3, 8, groups=1), g=conv(8, 8, groups=2), h=conv(8, 2))
+    _, network, _ = traced(module)
+    kept = {"a": (1, 2, 5), "g": (2, 3, 6)}
+    plan = ChannelPlan(network=network.fingerprint, kept=kept)
+    assert count(network, plan) == count(check(module, kept))
+
+
+def test_a_layer_that_is_called_twice_keeps_what_either_call_needs() -> None:
+    body = lambda s, x: s.h(s.a(torch.sigmoid(s.a(x))[:, 1:4])[:, 2:])  # noqa: E731
+    sliced = check(Net(body, a=conv(3, 6), h=conv(4, 2)), {"a": (0, 1, 3, 5)})
+    layer = sliced.body.get_submodule("a")
+    assert isinstance(layer, nn.Conv2d) and layer.out_channels == 3  # 1 and 3 first, 3 and 5 then
+
+
+def test_a_view_of_a_norm_of_an_expanded_tensor() -> None:
+    """Seed 1183 of the random networks, shrunken."""
+    body = lambda s, x: s.h(s.n(s.a(x).mean(-1, keepdim=True).expand(-1, -1, -1, 8)).view(-1, 4, 64).mean(-1))  # noqa: E731
+    check(Net(body, a=conv(3, 4), n=nn.BatchNorm2d(4), h=nn.Linear(4, 2)), {"a": (0, 2)})

@@ -225,6 +225,8 @@ def test_foreign_and_changed_engines_are_refused(onnx_file: Path, tmp_path: Path
     manifest_path(engine).unlink()
     with pytest.raises(InputError, match="executable code"):
         load(engine, onnx_file)
+    with pytest.raises(InputError, match="No such file"):
+        build(tmp_path / "missing.onnx", engine)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import ast
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,36 @@ def test_names_that_our_module_uses_exist_in_every_version(version: str) -> None
             assert rest in members, f"tensorrt {version} has no {name}"
 
 
+#: what our module does with the bindings before it needs a GPU
+FIRST_STEPS = """
+import sys
+import tensorrt_bindings
+sys.modules["tensorrt"] = tensorrt_bindings
+from bar_edge.errors import EnvironmentLacks
+from bar_edge.export.tensorrt import HARDWARE, _make, _new_log, import_tensorrt, np
+trt = import_tensorrt()
+log = _new_log(trt)
+for level in ("ERROR", "INTERNAL_ERROR", "WARNING", "INFO"):
+    log.log(getattr(trt.ILogger.Severity, level), level)
+assert log.errors == ["ERROR", "INTERNAL_ERROR"] and log.warnings == ["WARNING"], (log.errors, log.warnings)
+assert 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) in (1, 2)
+types = [np.dtype(trt.nptype(kind)).name for kind in (trt.DataType.FLOAT, trt.DataType.HALF, trt.DataType.UINT8)]
+assert types == ["float32", "float16", "uint8"]
+for kind in (trt.Builder, trt.Runtime):
+    try:
+        _make(kind, log)
+    except EnvironmentLacks as error:
+        assert kind.__name__ in str(error)
+    else:
+        raise AssertionError("made without a GPU")
+print("done")
+"""
+
+
 @pytest.mark.network
 @pytest.mark.parametrize("version", WHEELS)
-def test_the_recorded_surface_is_that_of_the_real_wheel(version: str, tmp_path: Path) -> None:
+def test_the_real_bindings(version: str, tmp_path: Path, repository: Path) -> None:
+    """Their API is the recorded one, and our first steps run on them."""
     if shutil.which("cc") is None:
         pytest.skip("no C compiler: the bindings need stubs to load")
     try:
@@ -53,6 +81,10 @@ def test_the_recorded_surface_is_that_of_the_real_wheel(version: str, tmp_path: 
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         pytest.skip(f"{WHEELS[version]} cannot be downloaded: {type(error).__name__}")
     assert read_surface(folder, version.split(".")[0]) == RECORDED[version]
+    environment = {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": f"{folder}:{repository}"}
+    command = [sys.executable, "-c", FIRST_STEPS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "done\n", done.stderr
 
 
 def test_removed_flags_are_really_gone() -> None:

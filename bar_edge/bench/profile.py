@@ -52,7 +52,7 @@ class Prober:
         for start in range(0, len(missing), FILES // 2):
             batch = missing[start : start + FILES // 2]
             with tempfile.TemporaryDirectory() as folder:
-                files = []
+                files: list[Path] = []
                 for (kind, widths), depth in itertools.product(batch, (SHORT, LONG)):
                     files.append(Path(folder) / f"{len(files)}.onnx")
                     files[-1].write_bytes(chain(kind, widths, depth))
@@ -137,7 +137,7 @@ def chain(kind: Kind, widths: tuple[int, ...], depth: int) -> bytes:
     from onnx import TensorProto, helper
 
     graph = _Graph(kind)
-    build = {
+    build: Callable[..., str] = {
         "conv": graph.convolutions,
         "transposed": graph.convolutions,
         "depthwise": graph.depthwise,

@@ -268,7 +268,14 @@ def _run_here(request: dict[str, Any], timeout_s: float) -> Finished:
     # -P: the runner's folder holds modules of ours, which may not precede the standard library
     command = [sys.executable, "-P", runner.__file__]
     try:
-        done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=timeout_s)
+        done = subprocess.run(
+            command,
+            input=json.dumps(request),
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=timeout_s,
+        )
     except subprocess.TimeoutExpired as error:
         stderr = error.stderr or b""
         said = stderr.decode("utf-8", "replace") if isinstance(stderr, bytes) else stderr

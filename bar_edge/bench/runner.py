@@ -333,7 +333,7 @@ def random_inputs(model: Loaded, batch: int, seed: int) -> list[np.ndarray]:
 
 def doing(what: str, *files: dict[str, Any]) -> None:
     """Note for whoever waits what a native library may die of, or hang in."""
-    os.write(2, f"\n{DOING}{what} {', '.join(file['name'] for file in files)}\n".encode())
+    os.write(2, f"\n{DOING}{what} {', '.join(file['name'] for file in files)}\n".encode("utf-8", "replace"))
 
 
 def _check_inputs(model: Loaded, batch: int) -> None:

@@ -9,18 +9,18 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from bar_edge.errors import InputError
 from bar_edge.export.onnx import Preprocessing, export_onnx, torch_outputs
 from bar_edge.export.parity import TOLERANCES, cpu_session
-from bar_edge.export.verify import MANIFEST, MODEL, SAMPLES, file_hash, sample_error
+from bar_edge.export.verify import MANIFEST, MODEL, SAMPLES, file_hash, read_manifest, sample_error
 from bar_edge.records import ChannelPlan, write_json
 
 
@@ -75,6 +75,51 @@ def write_artifact(
         save_file(dict(zip(names, map(np.ascontiguousarray, arrays), strict=True)), temporary / SAMPLES)
         error = sample_error(temporary, interface)
         manifest = _manifest(temporary, spec, interface, samples=len(inputs[0]), error=error)
+        write_json(temporary / MANIFEST, manifest)
+        if not manifest["parity"]["within"]:
+            shutil.rmtree(temporary)
+    return manifest
+
+
+def convert_artifact(
+    source: Path,
+    folder: Path,
+    *,
+    target: str,
+    precision: str,
+    convert: Callable[[Path, Path], dict[str, Any] | None],
+    own_outputs: bool = False,
+) -> dict[str, Any]:
+    """Write an artifact like another one, its model file converted to a precision, and return the manifest.
+
+    convert: from the model file to the new one; what it returns stands in the manifest as `conversion`.
+    own_outputs: the expected outputs are what ONNX Runtime computes with the new file, so that other devices
+    can be compared with it; else they stay those of the network. The folder is replaced whole, and only if
+    the outputs are within tolerance. Raises what `convert` raises, and InputError as `write_artifact` does.
+    """
+    manifest = read_manifest(source)
+    with _replacing(folder) as temporary:
+        record = convert(source / MODEL, temporary / MODEL)
+        tensors = load_file(source / SAMPLES)
+        if own_outputs:
+            inputs = {value["name"]: tensors[value["name"]] for value in manifest["inputs"]}
+            outputs = cpu_session(temporary / MODEL).run(None, inputs)
+            tensors |= dict(zip((value["name"] for value in manifest["outputs"]), outputs, strict=True))
+        save_file(tensors, temporary / SAMPLES)
+        error = sample_error(temporary, manifest)
+        tolerance = TOLERANCES[precision]
+        manifest |= {
+            "target": target,
+            "precision": precision,
+            "files": {name: {"sha256": file_hash(temporary / name)} for name in (MODEL, SAMPLES)},
+            "parity": {
+                "error": error if error < float("inf") else None,
+                "tolerance": tolerance,
+                "within": error <= tolerance,
+                "samples": manifest["parity"]["samples"],
+            },
+            "conversion": record,
+        }
         write_json(temporary / MANIFEST, manifest)
         if not manifest["parity"]["within"]:
             shutil.rmtree(temporary)

@@ -26,8 +26,8 @@ def to_half(onnx_path: Path, out_path: Path, precision: Half) -> None:
     """Write a file that computes in fp16 or bf16; its inputs and outputs stay float32 (Cast nodes at both ends).
 
     Weights are rounded once, everything between the casts is half. bf16 takes the file to opset 22, which
-    TensorRT 10.3 does not read and no CPU runtime here computes. Raises InputError if the file is quantised or
-    a weight does not fit into the type.
+    TensorRT 10.3 does not read; on a CPU only ONNX's reference implementation computes it. Raises InputError
+    if the file is quantised or a weight does not fit into the type.
     """
     half = ONNX_TYPE[precision]
     model = onnx.load(str(onnx_path))

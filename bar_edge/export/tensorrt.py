@@ -88,10 +88,9 @@ def build(
     options ask of them, InputError if TensorRT refuses the file, BarEdgeError if the build fails; the engine's
     path then keeps what it held.
     """
-    options = options or EngineOptions()
+    options, model = options or EngineOptions(), _read(onnx_path)
     trt, gpu = import_tensorrt(), Cuda().gpu()
     log = _new_log(trt)
-    model = onnx_path.read_bytes()
     builder = _make(trt.Builder, log)
     # required by 10.x, accepted and ignored by 11
     network = _given(builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)), log)
@@ -136,7 +135,7 @@ def load(engine_path: Path, onnx_path: Path | None = None) -> Engine:
     engine = engine_path.read_bytes()
     if _sha256(engine) != manifest["engine"]["sha256"]:
         raise InputError("the engine that its manifest names", got="other bytes", remedy=rebuild)
-    if onnx_path is not None and _sha256(onnx_path.read_bytes()) != manifest["onnx"]["sha256"]:
+    if onnx_path is not None and _sha256(_read(onnx_path)) != manifest["onnx"]["sha256"]:
         raise InputError(f"an engine built from {onnx_path.name}", got="one built from another file", remedy=rebuild)
     trt, cuda = import_tensorrt(), Cuda()
     reason = foreign(manifest, trt.__version__, cuda.gpu())
@@ -207,7 +206,8 @@ class Timing:
 class Engine:
     """A loaded engine; inputs and outputs are float32 or uint8 arrays on the host, pinned inside.
 
-    inputs, outputs: name -> shape, -1 where free. Computation runs as a CUDA graph, one per set of shapes.
+    inputs, outputs: name -> shape, -1 where free; dtypes: name -> numpy type. Computation runs as a CUDA graph,
+    one per set of shapes.
     """
 
     def __init__(self, trt: Any, runtime: Any, engine: Any, log: Any, cuda: Cuda) -> None:
@@ -218,7 +218,7 @@ class Engine:
         shapes = {name: tuple(engine.get_tensor_shape(name)) for name in names}
         self.inputs = {name: shapes[name] for name in names if modes[name] == trt.TensorIOMode.INPUT}
         self.outputs = {name: shapes[name] for name in names if modes[name] == trt.TensorIOMode.OUTPUT}
-        self._dtypes = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
+        self.dtypes = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
         self._context = _given(engine.create_execution_context(), log)
         self._shapes: tuple[tuple[int, ...], ...] = ()
         self._buffers: dict[str, Buffer] = {}
@@ -265,9 +265,9 @@ class Engine:
         context, cuda = self._context, self._cuda
         self._release()
         for (name, declared), array in zip(self.inputs.items(), arrays, strict=True):
-            if array.dtype != self._dtypes[name] or not context.set_input_shape(name, tuple(array.shape)):
+            if array.dtype != self.dtypes[name] or not context.set_input_shape(name, tuple(array.shape)):
                 raise InputError(
-                    f"input {name} of {self._dtypes[name]} and shape {declared} within the engine's batch range",
+                    f"input {name} of {self.dtypes[name]} and shape {declared} within the engine's batch range",
                     got=f"{array.dtype} {array.shape}",
                     consequence="nothing was run",
                     remedy="build the engine with a batch range that holds it",
@@ -276,7 +276,7 @@ class Engine:
         if missing:
             raise BarEdgeError("shapes for every tensor", got=f"none for {', '.join(missing)}")
         for name in (*self.inputs, *self.outputs):
-            self._buffers[name] = cuda.buffer(tuple(context.get_tensor_shape(name)), self._dtypes[name])
+            self._buffers[name] = cuda.buffer(tuple(context.get_tensor_shape(name)), self.dtypes[name])
             _given(context.set_tensor_address(name, self._buffers[name].device_address), self._log)
         # the first run after new shapes prepares memory, which a graph must not contain
         _given(context.execute_async_v3(cuda.stream), self._log)
@@ -477,6 +477,13 @@ def _read_manifest(engine_path: Path) -> dict[str, Any]:
             remedy=f"build it on this machine: {REBUILD}",
         ) from error
     return manifest
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError("an ONNX file", got=f"{path.name}: {error.strerror}", consequence="no engine") from error
 
 
 def _write(path: Path, data: bytes) -> None:

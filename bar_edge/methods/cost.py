@@ -79,7 +79,8 @@ class LatencyCost(Cost):
 
     def expected(self, probability: Tensor) -> Tensor:
         """Return the latency at the expected widths, differentiable in the probabilities (gates,)."""
-        return self.priced(self.alive(probability), stepped=False)
+        latency_ms: Tensor = self.priced(self.alive(probability), stepped=False)
+        return latency_ms
 
     @torch.no_grad()
     def hard(self, opened: Tensor) -> float:

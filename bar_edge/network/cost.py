@@ -140,7 +140,7 @@ class CostCounter:
 
     def __init__(self, network: Network, found: Passages) -> None:
         self.network, self.found = network, found
-        self.units, self.loose_params = units(network, found), loose_params(network, found)
+        self.units, self.loose = units(network, found), _loose(network, found)
         self.again = called_again(network)
 
     def count(self, kept: Mapping[str, Sequence[int]]) -> Counts:
@@ -155,7 +155,8 @@ class CostCounter:
                 again[name] = max(again[name], p)
             else:
                 params += p
-        return Counts(volume=volume, flops=flops, params=params + sum(again.values()) + self.loose_params)
+        params += sum(again.values()) + sum(n for n, node in self.loose if _runs(node, held))
+        return Counts(volume=volume, flops=flops, params=params)
 
 
 def count_executed(network: Network) -> Counts:
@@ -176,14 +177,27 @@ def count_executed(network: Network) -> Counts:
 
 def loose_params(network: Network, found: Passages) -> int:
     """Return the number of parameters that the graph reads by themselves and that are not of single channels."""
+    return sum(number for number, _ in _loose(network, found))
+
+
+def _loose(network: Network, found: Passages) -> list[tuple[int, fx.Node]]:
+    """Return these parameters: how many numbers each has, and the node that reads it."""
     named = dict(network.body.named_parameters())
     owned = {id(p) for node in network.nodes if node.op == "call_module" for p in _module_parameters(network, node)}
-    read = {str(node.target) for node in network.nodes if node.op == "get_attr" and node.users}
+    read = {str(node.target): node for node in network.nodes if node.op == "get_attr" and node.users}
     counted = set[fx.Node]()
     for node in found:
         _parameter_units(network, found, node, counted)
-    read -= {str(node.target) for node in counted}
-    return sum(named[name].numel() for name in read & named.keys() if id(named[name]) not in owned)
+    single = {str(node.target) for node in counted}
+    names = read.keys() & named.keys() - single
+    return [(named[name].numel(), read[name]) for name in names if id(named[name]) not in owned]
+
+
+def _runs(node: fx.Node, held: Held) -> bool:
+    """Tell whether anything that is left reads a parameter."""
+    return any(
+        user.op == "output" or (bool(held[user].any()) if user in held else _runs(user, held)) for user in node.users
+    )
 
 
 def _module_parameters(network: Network, node: fx.Node) -> list[nn.Parameter]:

@@ -76,7 +76,7 @@ def _layer(module: nn.Module, depthwise: bool, shape: tuple[int, ...]) -> Kind:
         op="depthwise" if depthwise else "transposed" if isinstance(module, TRANSPOSED) else "conv",
         kernel=tuple(module.kernel_size),
         stride=max(module.stride),
-        dilation=max(module.dilation),  # type: ignore[type-var,arg-type]
+        dilation=max(module.dilation),
         groups=1 if depthwise else module.groups,
         shape=shape,
     )

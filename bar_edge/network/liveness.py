@@ -56,22 +56,40 @@ def _through(passage: Passage, live: Held) -> Tensor:
 
 
 def _needed(network: Network, found: Passages, live: Held) -> Held:
+    """Return the live channels that anything reads; of a module that is called again, those of all its calls."""
+    again, together = called_again(network), dict[str, Tensor]()
+    while True:
+        held = _read_backwards(network, found, live, together)
+        union = {
+            name: torch.stack([held[call] for call in held if call.op == "call_module" and call.target == name]).any(0)
+            for name in again & {str(node.target) for node in held if node.op == "call_module"}
+        }
+        if all(name in together and torch.equal(mask, together[name]) for name, mask in union.items()):
+            return held
+        together = union
+
+
+def _read_backwards(network: Network, found: Passages, live: Held, together: dict[str, Tensor]) -> Held:
+    """together: channels by the name of a module of which more than this call's own readers may read."""
     needed = {node: torch.zeros(passage.width, dtype=torch.bool) for node, passage in found.items()}
-    again, running = called_again(network), set[fx.Node]()
+    running = set[fx.Node]()
     for node in reversed(network.nodes):
         passage = found.get(node)
         if passage is None:  # the output, or an operator on something without channels
             if node.op != "output" and not running & node.users.keys():
                 continue
-        elif not (live[node] & needed[node]).any():
-            continue
+        else:
+            if node.op == "call_module" and needed[node].any():
+                needed[node] |= together.get(str(node.target), needed[node])
+            if not (live[node] & needed[node]).any():
+                continue
         running.add(node)
         if passage is None or is_whole(passage):
             for source in node.all_input_nodes:
                 if source in needed:
                     needed[source][:] = True
             continue
-        if passage.kind == "norm" or str(node.target) in again:
+        if passage.kind == "norm":
             needed[node][:] = True
         alive = live[node] & needed[node]
         if passage.kind == "read":

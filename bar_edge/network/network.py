@@ -146,7 +146,8 @@ def propagate_shapes(
         def run_node(self, n: fx.Node) -> Any:
             module = body.get_submodule(str(n.target)) if n.op == "call_module" else None
             same = isinstance(module, _KEEP_SHAPE)  # fake BatchNorm takes a hundredth of a second
-            value = self.fetch_args_kwargs_from_env(n)[0][0] if same else super().run_node(n)
+            # as dense as what a norm makes, also of an expanded tensor
+            value = torch.empty_like(self.fetch_args_kwargs_from_env(n)[0][0]) if same else super().run_node(n)
             first = value[0] if isinstance(value, tuple | list) and n.target in _PAIRS else value
             if isinstance(first, Tensor):
                 shapes[n.name] = tuple(first.shape)

@@ -489,10 +489,18 @@ def _copy(tensor: Tensor, part: Tensor | None = None) -> Tensor:
     return nn.Parameter(values, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
 
-def _take(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-    """Replace a parameter or buffer by a part of it; parameters stay parameters."""
-    if tensor is not None:
-        setattr(module, name, _copy(getattr(module, name), tensor.contiguous()))
+def _take(module: nn.Module, name: str, part: Tensor | None) -> None:
+    """Replace a parameter or buffer by a part of it in memory of its own; parameters stay parameters."""
+    if part is not None:
+        whole, part = getattr(module, name), part.detach()
+        is_parameter = isinstance(whole, nn.Parameter)
+        setattr(module, name, nn.Parameter(part, requires_grad=whole.requires_grad) if is_parameter else part)
+
+
+def _some(tensor: Tensor, axis: int, ids: Tensor) -> Tensor:
+    """Return some indices of an axis, the tensor itself if they are all of them."""
+    every = len(ids) == tensor.shape[axis] and torch.equal(ids, torch.arange(len(ids), device=ids.device))
+    return tensor if every else tensor.index_select(axis, ids)
 
 
 def _hollow(module: nn.Module) -> nn.Module:
@@ -507,17 +515,14 @@ def _slice_reader(module: nn.Module, outs: Tensor, ins: Tensor, groups: int, den
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
     outs, ins = outs.to(weight.device), ins.to(weight.device)
-    n_out = len(outs) // groups
-    n_in = len(ins) // groups
-    per_group = (weight.shape[1] if transposed else _out_width(module)) // (1 if transposed else dense_groups)
-    rows = []
-    for g in range(groups):
-        own_outs, own_ins = outs[g * n_out : (g + 1) * n_out], ins[g * n_in : (g + 1) * n_in]
-        if transposed:
-            rows.append(weight[own_ins][:, own_outs % per_group])
-        else:
-            rows.append(weight[own_outs][:, own_ins % weight.shape[1] if dense_groups > 1 else own_ins])
-    _take(new, "weight", torch.cat(rows))
+    first, second = (ins, outs) if transposed else (outs, ins)  # the axes of the weight
+    if dense_groups == 1:
+        part = _some(_some(weight.detach(), 0, first), 1, second)
+        part = part.clone() if part.data_ptr() == weight.data_ptr() else part
+    else:
+        rows = zip(first.view(groups, -1), second.view(groups, -1) % weight.shape[1], strict=True)
+        part = torch.cat([weight.detach()[a][:, b] for a, b in rows])
+    _take(new, "weight", part)
     _take(new, "bias", bias[outs] if isinstance(bias, Tensor) else None)
     if isinstance(new, nn.Linear):
         new.out_features, new.in_features = len(outs), len(ins)
@@ -526,19 +531,13 @@ def _slice_reader(module: nn.Module, outs: Tensor, ins: Tensor, groups: int, den
     return new
 
 
-def _out_width(module: nn.Module) -> int:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0]
-
-
 def _slice_alone(module: nn.Module, ids: Tensor, inputs: int) -> nn.Module:
     """Return the part of a module that works on each channel alone, for some channels."""
     new = _hollow(module)
     if isinstance(module, nn.Linear) or (isinstance(module, nn.PReLU) and module.num_parameters == 1):
         return copy.deepcopy(module)  # the same for every channel
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        _take(new, name, tensor[ids.to(tensor.device)] if tensor.ndim else tensor)
+        _take(new, name, tensor[ids.to(tensor.device)] if tensor.ndim else tensor.clone())
     if isinstance(new, nn.modules.batchnorm._NormBase):
         new.num_features = len(ids)
     elif isinstance(new, nn.PReLU):

@@ -69,7 +69,7 @@ class _Placer:
         self.graph, self.ranges, self.recipe, self.means = graph, ranges, recipe, means
         layers = {node.name for node in graph.nodes if graph.is_layer(node)}
         assert float_layers <= layers, f"no layers: {sorted(float_layers - layers)}"
-        self.layers = layers - float_layers
+        self.layers, self.float_layers = layers - float_layers, float_layers
         self.nodes, self.tensors = _on_grid(graph, self.layers, recipe.pairs == "everywhere")
         self.parent: dict[str, str] = {}
 
@@ -85,6 +85,8 @@ class _Placer:
             for i, name in enumerate(node.input):
                 if name in self.grids:
                     node.input[i] = f"{name}/rounded"
+            if node.name in self.float_layers and node.input[0].endswith("/rounded"):
+                layer = [self._shield(node)]
             made += [*layer, node]
             for name in node.output:
                 made += self._pair(name)
@@ -137,6 +139,17 @@ class _Placer:
             helper.make_node("QuantizeLinear", [name, *names], [between], f"{name}/quantize"),
             helper.make_node("DequantizeLinear", [between, *names], [after], f"{name}/dequantize"),
         ]
+
+    def _shield(self, node: NodeProto) -> NodeProto:
+        """Return bounds that change nothing, before a float layer: ONNX Runtime quantises what stands between pairs."""
+        name = node.input[0]
+        scale, zero = (self.graph.array(constant) for constant in self.grids[name.removesuffix("/rounded")])
+        levels = np.iinfo(zero.dtype)
+        bounds = [f"{node.output[0]}/lowest", f"{node.output[0]}/highest"]
+        for bound, level in zip(bounds, (levels.min, levels.max), strict=True):
+            self.graph.set_array(bound, np.asarray((level - float(zero)) * scale, np.float32))
+        node.input[0] = f"{node.output[0]}/bounded"
+        return helper.make_node("Clip", [name, *bounds], [node.input[0]], f"{node.output[0]}/bound")
 
     def _integers(self, node: NodeProto) -> list[NodeProto]:
         """Give a layer integer weights, and the bias that goes with them."""

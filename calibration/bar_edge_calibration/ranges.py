@@ -15,6 +15,8 @@ PERCENTILE = 0.9999
 #: shares of the whole range that `mse` and `entropy` try
 _SHARES = np.linspace(0.1, 1.0, 91)
 _LEVELS = 255
+#: share of the largest value up to which `entropy` takes a value for zero
+_ZERO = 1 / 4096
 
 
 def minmax(histogram: Histogram) -> Range:
@@ -51,8 +53,8 @@ def entropy(histogram: Histogram) -> Range:
     Szymon Migacz, 8-bit Inference with TensorRT (2017), on both sides of zero.
     """
     counts, centres = _occupied(histogram)
-    zero = np.abs(centres) < np.abs(centres).max() / BINS_OF_ZERO
-    counts, centres = counts[~zero], centres[~zero]  # what is zero stays zero in every range
+    zero = np.abs(centres) < np.abs(centres).max() * _ZERO  # what is zero stays zero in every range
+    counts, centres = counts[~zero], centres[~zero]
 
     def loss(low: float, high: float) -> float:
         clipped = np.clip(centres, low, high)
@@ -81,7 +83,6 @@ METHODS: dict[str, Callable[[Histogram], Range]] = {
     "entropy": entropy,
     "mse": mse,
 }
-BINS_OF_ZERO = 4096
 
 
 def range_of(histogram: Histogram, method: str) -> Range:

@@ -95,9 +95,14 @@ Resume = Annotated[bool, _option("--resume", text="Go on with a run that was sto
 RunOut = Annotated[Path, _option("--out", metavar="RUN", text="The run's folder.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that prune wrote.")]
 Target = Annotated[
-    str, _option("--target", metavar="NAME", text="Kind of file to write: onnx, or torch (model.py with its weights).")
+    str,
+    _option(
+        "--target", metavar="NAME", text="What to write: onnx, openvino, trt (an engine), trt-bundle, torch (model.py)."
+    ),
 ]
-Precision = Annotated[str, _option("--precision", metavar="NAME", text="Numbers in the file: fp32.")]
+Precision = Annotated[
+    str, _option("--precision", metavar="NAME", text="Numbers in the file: fp32, fp16, bf16 (trt) or int8.")
+]
 Lowering = Annotated[
     str,
     _option(
@@ -271,11 +276,16 @@ def export(
     target: Target = "onnx",
     precision: Precision = "fp32",
     lowering: Lowering = "auto",
-    runtime: Runtime = "onnxruntime-cpu",
+    runtime: Annotated[
+        str | None,
+        _option("--runtime", metavar="NAME", text="What --lowering auto measures on; the target's by default."),
+    ] = None,
     threads: Threads = 1,
     choice_seconds: ChoiceSeconds = 60.0,
     with_preprocessing: WithPreprocessing = False,
     data: Data = None,
+    max_drop: MaxDrop = None,
+    on: On = "local",
     out: Annotated[
         Path | None, _option("--out", metavar="DIR", text="Default: RUN/artifacts/TARGET-PRECISION.")
     ] = None,
@@ -297,6 +307,8 @@ def export(
             choice_seconds=choice_seconds,
             with_preprocessing=with_preprocessing,
             data=data,
+            max_drop=max_drop,
+            on=on,
             out=out,
             progress=progress,
         )

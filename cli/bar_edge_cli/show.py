@@ -111,7 +111,7 @@ def _show_part(name: str, part: object, console: Console) -> None:
         if name:
             console.print(f"[bold]{_words(name)}[/]")
         for key, value in part.items():
-            _show_part(f"  {key}" if name else key, value, console)
+            _show_part(" " * (2 + len(name) - len(name.lstrip())) + key if name else key, value, console)
     elif isinstance(part, Sequence) and part and all(isinstance(row, Mapping) for row in part):
         console.print(_table(name, part))
     else:

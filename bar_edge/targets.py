@@ -1,0 +1,222 @@
+"""What `export` writes: an artifact in float32, and what becomes of it for a target and a precision."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from bar_edge.bench import bench_onnx, compare, runner
+from bar_edge.bench.ssh import Device, Target
+from bar_edge.data import DataSource, Split
+from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
+from bar_edge.export.artifact import convert_artifact
+from bar_edge.export.bundle import SCRIPT, write_bundle
+from bar_edge.export.parity import cpu_session
+from bar_edge.export.precision import to_half
+from bar_edge.export.tensorrt import import_tensorrt
+from bar_edge.export.verify import MANIFEST, MODEL
+from bar_edge.network.network import unflatten
+from bar_edge.training import Task, evaluate
+from bar_edge_calibration.collect import random_images
+from bar_edge_calibration.quantize import Promise, quantize
+from bar_edge_calibration.recipe import load_recipe
+
+#: target -> the precisions that it can have
+TARGETS = {
+    "onnx": ("fp32", "fp16", "int8"),
+    "openvino": ("fp32", "int8"),
+    "trt": ("fp32", "fp16", "bf16", "int8"),
+    "trt-bundle": ("fp32", "fp16", "bf16", "int8"),
+    "torch": ("fp32",),
+}
+#: target -> the runtime here that runs its file
+RUNTIMES = {"onnx": "onnxruntime-cpu", "openvino": "openvino-cpu"}
+#: lowerings where nothing can be measured: TensorRT fuses convolution and addition (unverified there)
+UNMEASURED = {"int8": "regular:32", "fp16": "regular:8", "bf16": "regular:8", "fp32": "regular:4"}
+#: target -> how INT8 is laid out
+RECIPES = {"onnx": "onnxruntime-cpu", "openvino": "openvino-cpu", "trt": "tensorrt"}
+#: images that ranges are taken of, and that a bundle carries
+CALIBRATION_IMAGES, BUNDLE_SAMPLES = 512, 256
+BATCH = 64
+#: how long an engine's build on another device may take, in seconds
+BUILD_S = 3600.0
+
+
+def check_target(target: str, precision: str, on: str) -> None:
+    """Raise EnvironmentLacks unless the target exists in this precision and here, InputError for a useless device."""
+    if precision not in TARGETS.get(target, ()):
+        known = "; ".join(f"{name} in {', '.join(precisions)}" for name, precisions in TARGETS.items())
+        raise EnvironmentLacks(f"one of: {known}", got=f"{target} in {precision}", consequence="nothing was written")
+    if target == "trt" and on == "local":
+        import_tensorrt()
+    if on != "local" and target != "trt":
+        raise InputError("--on for --target trt, which is built on the device", got=f"--target {target}")
+
+
+def for_speed(target: str, precision: str) -> Callable[[Path], None] | None:
+    """Return what turns a file in float32 into one of the precision, in place, for measuring its speed alone."""
+
+    def int8(file: Path) -> None:
+        images = random_images(onnx.load(file), 2 * BATCH, 0)
+        quantize(file, file, images=images, data="random", recipe=load_recipe(RECIPES[target]))
+
+    return {"int8": int8, "fp16": lambda file: to_half(file, file, "fp16")}.get(precision)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Images:
+    """A data set as a file takes it in: batches of arrays that can be read again and again."""
+
+    split: Split
+    number: int
+    #: from normalised images to what the file's input is
+    as_input: Callable[[Tensor], Tensor]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        left = self.number
+        for images, _ in self.split.batches(BATCH, train=False, seed=0, epoch=0, device="cpu", augment="none"):
+            yield self.as_input(images[:left]).numpy()
+            left -= len(images)
+            if left <= 0:
+                return
+
+
+def write_converted(
+    source: Path,
+    folder: Path,
+    *,
+    target: str,
+    precision: str,
+    data: DataSource,
+    task: Task,
+    structure: Any,
+    as_input: Callable[[Tensor], Tensor],
+    max_drop: float | None,
+    on: str,
+) -> dict[str, Any]:
+    """Write the artifact of a target from one in float32, and return its manifest."""
+    on_device = target.startswith("trt")
+    with tempfile.TemporaryDirectory() as scratch:
+        if precision == "int8":
+            whole = Path(scratch) / "int8" if on_device else folder
+            manifest = write_int8(
+                source,
+                whole,
+                target=target,
+                data=data,
+                task=task,
+                structure=structure,
+                as_input=as_input,
+                max_drop=max_drop,
+            )
+            if not (on_device and manifest["parity"]["within"]):
+                return manifest
+            source = whole
+        elif not on_device:
+            return convert_artifact(source, folder, target=target, precision=precision, convert=_to_fp16)
+        return write_trt(source, folder, target=target, precision=precision, on=on)
+
+
+def _to_fp16(model: Path, new: Path) -> None:
+    to_half(model, new, "fp16")
+
+
+def write_int8(
+    source: Path,
+    folder: Path,
+    *,
+    target: str,
+    data: DataSource,
+    task: Task,
+    structure: Any,
+    as_input: Callable[[Tensor], Tensor],
+    max_drop: float | None,
+) -> dict[str, Any]:
+    """Write an artifact in INT8 from one in float32, calibrated on training images; returns the manifest.
+
+    `conversion` holds what was done, the metric on held-out training images before and after, and whether it
+    fell by at most max_drop points. structure: of the network's outputs. Raises InputError for too few images.
+    """
+    sign = 1.0 if task.higher_is_better else -1.0
+
+    def score(model: Path) -> float:
+        module = _Session(model, structure, as_input)
+        return sign * evaluate(module, data.held_out, task, batch=256, device="cpu", precision="fp32")
+
+    def convert(model: Path, new: Path) -> dict[str, Any]:
+        record = quantize(
+            model,
+            new,
+            images=Images(split=data.fit, number=CALIBRATION_IMAGES, as_input=as_input),
+            data=data.name,
+            recipe=load_recipe(RECIPES["trt" if target.startswith("trt") else target]),
+            promise=Promise(score=score, max_drop=max_drop) if max_drop is not None else None,
+        )
+        before, after = sign * score(model), sign * score(new)
+        return {**record, "held_out": {"fp32": before, "int8": after, "drop_points": 100 * sign * (before - after)}}
+
+    return convert_artifact(source, folder, target=target, precision="int8", convert=convert, own_outputs=True)
+
+
+def faster_than(folder: Path, source: Path, target: str, threads: int) -> dict[str, Any] | None:
+    """Measure an artifact in turn with the one in float32 that it was made of; None where no runtime here runs it."""
+    if target not in RUNTIMES:
+        return None
+    # a file of another recipe may kill a runtime: that is a process of its own
+    pair = bench_onnx([folder / MODEL, source / MODEL], runtime=RUNTIMES[target], threads=threads, seconds=1.0)
+    found = compare(pair[0], pair[1])
+    return {"speedup": found.speedup, "low": found.low, "high": found.high}
+
+
+def write_engine(bundle: Path, folder: Path, on: str) -> dict[str, Any]:
+    """Build the engine of a bundle here or on a device, and return what its build script says of it.
+
+    The engine is compared with the expected outputs where it was built; a wrong one is removed there. Raises
+    EnvironmentLacks without TensorRT or GPU, BarEdgeError if the build fails.
+    """
+    if on == "local":
+        from bar_edge.export.device_build import build_and_check
+
+        return build_and_check(bundle)
+    with Device(Target.parse(on)) as device:
+        device.send({path.name: path for path in bundle.iterdir()})
+        done = device.run(["sh", SCRIPT], stdin=MANIFEST, timeout_s=BUILD_S)
+        if done.returncode == 3:
+            raise EnvironmentLacks("TensorRT on the device", got=done.stderr.strip()[-300:])
+        if done.returncode not in (0, 1):
+            raise BarEdgeError("an engine", got=done.stderr.strip()[-300:], consequence="nothing was written")
+        answer: dict[str, Any] = json.loads(done.stdout) if done.stdout.strip() else {"within": None}
+        if done.returncode == 0:
+            names = ["model.engine", *(["model.engine.json"] if answer["within"] else [])]
+            device.fetch(names, folder)
+    return answer
+
+
+def write_trt(source: Path, folder: Path, *, target: str, precision: str, on: str) -> dict[str, Any]:
+    """Write a bundle from an artifact, for `trt` with the engine that it builds; returns the manifest."""
+    manifest = write_bundle(source, folder, precision=precision, runner=Path(runner.__file__))
+    if target == "trt" and manifest["parity"]["within"] is not False:
+        manifest["built"] = write_engine(folder, folder, on)
+        manifest["parity"] = {**manifest["parity"], **{k: manifest["built"].get(k) for k in ("error", "within")}}
+    return manifest
+
+
+class _Session(nn.Module):
+    """An ONNX file as a module, on the CPU."""
+
+    def __init__(self, model: Path, structure: Any, as_input: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.session, self.structure, self.as_input = cpu_session(model), structure, as_input
+
+    def forward(self, images: Tensor) -> Any:
+        feed = {self.session.get_inputs()[0].name: self.as_input(images).numpy()}
+        return unflatten(tuple(map(torch.from_numpy, self.session.run(None, feed))), self.structure)
