@@ -171,6 +171,12 @@ def test_two_budgets_are_told_apart(pipeline, tmp_path):
     assert len(pipeline.calls) == 1
 
 
+def test_a_budget_in_ms_alone_is_what_is_trained_for(pipeline, tmp_path):
+    assert main(["deploy", "--model", "resnet20", "--budget", "8ms", "--table", "t.json", "--out", str(tmp_path)]) == 0
+    assert (configuration(pipeline).budget, configuration(pipeline).table) == ("8ms", "t.json")
+    assert pipeline.calls[0][2]["latency_budget"] is None
+
+
 def test_deploy_reads_a_file_and_hands_on_the_rest(pipeline, tmp_path):
     file = tmp_path / "config.toml"
     file.write_text(to_toml(RunConfig(model="vgg16", budget="4x")))
@@ -201,6 +207,13 @@ def test_deploy_reads_a_file_and_hands_on_the_rest(pipeline, tmp_path):
             ("m",),
             {"model_args": ("k=v",), "data": "digits", "input_shape": (1, 8, 8), "budget": "8x"}
             | {"keep": ("h.*", "s=8"), "round_to": 4, "table": None},
+        ),
+        (
+            "profile --model m --data digits --threads 2 --on ssh://board --out t.json",
+            "profile",
+            ("m",),
+            {"model_args": (), "data": "digits", "input_shape": None, "out": Path("t.json")}
+            | {"runtime": "onnxruntime-cpu", "threads": 2, "on": "ssh://board"},
         ),
         (
             "slice --model m --plan p.json --weights w --out o",

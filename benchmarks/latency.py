@@ -1,0 +1,120 @@
+"""How well does a latency table predict whole networks, beside what is proportional to FLOPs or volume?
+
+Per network: a table by `bar-edge profile`, then random plans of uneven widths (benchmarks/masks.py; the table is
+fitted to plans of even ones), exported in the table's form and measured in interleaved groups. The proportional
+predictors are fitted to the same measurements that they are judged by, each with its best factor and constant.
+Resumable. Run: python benchmarks/latency.py [--models resnet56] [--plans 20]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bar_edge.bench import bench_onnx
+from bar_edge.bench.profile import undisturbed_ms
+from bar_edge.methods import GateLayout
+from bar_edge.models import build
+from bar_edge.network import Network, count, trace
+from bar_edge.pipeline import plot_table
+from bar_edge.profiling import export_plan, profile_network
+from bar_edge.records import read_json, write_json
+from bar_edge.table import LatencyTable
+from benchmarks.masks import uneven_plan
+
+HERE = Path(__file__).parent / "results" / "latency"
+RESULTS = HERE.with_suffix(".json")
+MODELS = ("resnet56", "wrn-16-4", "mobilenetv2")
+FACTORS = (1.5, 2, 3, 4, 6, 8, 12, 16)
+#: plans measured in turn, and for how long each
+GROUP, SECONDS = 5, 1.0
+
+
+def network_of(model: str) -> Network:
+    """Return the dense network with random weights."""
+    torch.manual_seed(0)
+    return trace(build(model, input_shape=(3, 32, 32), classes=10).eval(), torch.zeros(2, 3, 32, 32))
+
+
+def table_of(model: str, network: Network) -> tuple[LatencyTable, float | None]:
+    """Return the table of a network and the seconds of making it, None if it was there."""
+    file = HERE / f"{model}.json"
+    if file.is_file():
+        return LatencyTable.load(file), None
+    HERE.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    table = profile_network(network, file, model=model)
+    plot_table(table, file.with_suffix(".svg"))
+    return table, time.monotonic() - start
+
+
+def measure(network: Network, table: LatencyTable, seeds: range) -> list[dict[str, Any]]:
+    """Predict and measure one group of random plans."""
+    layout = GateLayout(network, table=table)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for seed in seeds:
+            plan = uneven_plan(network, FACTORS[seed % len(FACTORS)], 100 + seed)
+            files.append(Path(folder) / f"{seed}.onnx")
+            export_plan(network, plan, table.lowering, files[-1])
+            counts = count(network, plan)
+            predicted = layout.cost(plan.kept, "ms")
+            rows.append({"seed": seed, "predicted_ms": predicted, "flops": counts.flops, "volume": counts.volume})
+        for row, found in zip(rows, bench_onnx(files, seconds=SECONDS), strict=True):
+            row |= {"ms": undisturbed_ms(found), "wall_ms": found.percentile_ms(50), "runs": len(found.samples_ms)}
+    return rows
+
+
+def errors(rows: list[dict[str, Any]], by: str) -> np.ndarray:
+    """Return relative errors; those of `flops` and `volume` after the best linear fit of relative errors."""
+    ms = np.array([row["ms"] for row in rows])
+    predicted = np.array([row["predicted_ms" if by == "table" else by] for row in rows], dtype=float)
+    if by != "table":
+        design = np.stack([predicted, np.ones_like(predicted)], 1)
+        predicted = design @ np.linalg.lstsq(design / ms[:, None], np.ones_like(ms), rcond=None)[0]
+    found: np.ndarray = np.abs(predicted / ms - 1)
+    return found
+
+
+def report(results: dict[str, Any]) -> str:
+    """Return the errors as Markdown."""
+    lines = ["| network | n | predictor | median error | within 10 % | worst |", "|---|---|---|---|---|---|"]
+    for model, found in results["models"].items():
+        for by in ("table", "flops", "volume"):
+            e = errors(found["rows"], by)
+            within = float((e <= 0.1).mean())
+            lines.append(f"| {model} | {len(e)} | {by} | {np.median(e):.1%} | {within:.0%} | {e.max():.1%} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what is missing, write JSON after every group, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--plans", type=int, default=20, help="per network")
+    options = parser.parse_args()
+    results = read_json(RESULTS) if RESULTS.is_file() else {"models": {}}
+    for model in options.models.split(","):
+        network = network_of(model)
+        table, seconds = table_of(model, network)
+        found = results["models"].setdefault(model, {"rows": [], "environment": table.environment, "loads": []})
+        if seconds is not None:
+            found["table_seconds"] = round(seconds)
+        while len(found["rows"]) < options.plans:
+            start = len(found["rows"])
+            found["rows"] += measure(network, table, range(start, min(start + GROUP, options.plans)))
+            found["loads"].append(round(os.getloadavg()[0], 2))
+            write_json(RESULTS, results)
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main()
