@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper
 
-from bar_edge_calibration.graph import MOVERS, Graph, attribute, channel_axes
+from bar_edge_calibration.graph import BOUNDS, MOVERS, Graph, attribute, channel_axes
 from bar_edge_calibration.ranges import Range
 from bar_edge_calibration.recipe import Recipe
 
@@ -99,13 +99,22 @@ class _Placer:
         graph, (first, *others) = self.graph, self.graph.data(node)
         if node.op_type in MOVERS:
             others = graph.results(node)
-        elif self.recipe.grids == "own" or node.op_type not in ("Add", "Concat"):
+        elif node.op_type not in ("Add", "Concat"):
             return
-        elif node.op_type == "Concat":
-            others += graph.results(node)
+        else:
+            others += graph.results(node) if node.op_type == "Concat" else []
+            if self.recipe.grids == "signed" and any(self._is_bounded(name) for name in (first, *others)):
+                return
         for name in others:
             if name in self.tensors:
                 self.parent[self._root(name)] = self._root(first)
+
+    def _is_bounded(self, name: str) -> bool:
+        """Tell whether a tensor's values come out of a Relu or Clip, moved or not."""
+        producer = self.graph.producers.get(name)
+        while producer is not None and producer.op_type in MOVERS:
+            producer = self.graph.producers.get(self.graph.data(producer)[0])
+        return producer is not None and producer.op_type in BOUNDS
 
     def _root(self, name: str) -> str:
         while self.parent.get(name, name) != name:
@@ -147,7 +156,7 @@ class _Placer:
         levels = np.iinfo(zero.dtype)
         bounds = [f"{node.output[0]}/lowest", f"{node.output[0]}/highest"]
         for bound, level in zip(bounds, (levels.min, levels.max), strict=True):
-            self.graph.set_array(bound, np.asarray((level - float(zero)) * scale, np.float32))
+            self.graph.set_array(bound, np.array((level - float(zero)) * scale, np.float32))
         node.input[0] = f"{node.output[0]}/bounded"
         return helper.make_node("Clip", [name, *bounds], [node.input[0]], f"{node.output[0]}/bound")
 

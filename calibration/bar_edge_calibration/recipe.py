@@ -21,8 +21,9 @@ class Recipe:
     #: everywhere: what a layer reads and writes, additions and all that moves values between;
     #: layers: only what a layer reads
     pairs: Literal["everywhere", "layers"]
-    #: own: every tensor its own grid; shared: what is added or concatenated lies on one grid
-    grids: Literal["own", "shared"]
+    #: shared: what is added or concatenated lies on one grid, and is rounded once;
+    #: signed: only where no Relu or Clip bounds any of it: every other tensor has a grid of its own
+    grids: Literal["signed", "shared"]
     #: of biases; int32 has the scale of the input times that of the weight
     bias: Literal["int32", "float32"]
     #: BatchNorm that folds into no convolution
