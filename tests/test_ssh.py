@@ -186,7 +186,9 @@ def test_whoever_measures_is_killed(number: signal.Signals, status: int, server:
     """The device notices the end of the connection, stops the runner and removes its folder."""
     server.login_runs(fake_onnxruntime(tmp_path, f"{noting_pid(tmp_path)}\ntime.sleep(99)"))
     command = ["bench", str(relu_file(tmp_path / "a.onnx")), "--on", server.target]
-    script = f"import sys; sys.path[:0] = {sys.path!r}\nfrom bar_edge_cli.main import main\nsys.exit(main({command!r}))"
+    # a shell starts what runs in its background with interrupts ignored, and we may be that
+    heeds = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    script = f"{heeds}; sys.path[:0] = {sys.path!r}\nfrom bar_edge_cli.main import main\nsys.exit(main({command!r}))"
     ours = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
     eventually(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), seconds=60)
     os.kill(ours.pid, number) if number == signal.SIGKILL else os.killpg(ours.pid, number)  # as a terminal does
