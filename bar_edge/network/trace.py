@@ -471,6 +471,7 @@ def _conv(builder: _Builder, node: fx.Node) -> Made:
         spread(a["dilation"]),
         a["groups"],
         a["bias"] is not None,
+        device="meta",  # the user's tensors take its place: nothing is drawn
     )
     return builder.owner(a["weight"])[0], _fill(builder, module, {"weight": a["weight"], "bias": a["bias"]})
 
@@ -495,7 +496,7 @@ def _linear(builder: _Builder, node: fx.Node) -> Made:
     if not builder.is_module(a["weight"], a["bias"]):
         return None
     out_features, in_features = builder.tensor(a["weight"]).shape
-    module = nn.Linear(in_features, out_features, bias=a["bias"] is not None)
+    module = nn.Linear(in_features, out_features, bias=a["bias"] is not None, device="meta")
     return builder.owner(a["weight"])[0], _fill(builder, module, {"weight": a["weight"], "bias": a["bias"]})
 
 
