@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from bar_edge.errors import InputError
 from bar_edge.export.placement import (
@@ -38,6 +39,8 @@ aten = torch.ops.aten
 PAPER = "paper"
 #: what a lowering may be for all streams at once, besides roundings
 LOWERINGS = (PAPER, *KINDS)
+#: rank of a tensor -> what convolves it
+CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 #: applied again they change nothing
 IDEMPOTENT = {aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default}
 
@@ -183,6 +186,9 @@ class _Lowerer:
             self.made[node] = self._slices(module, a, b)
             return
         a, _ = self._sorted(a, module.positions_a)  # the stream so far, a prefix
+        if kind == "pointwise" and len(self.network.shapes[node.name]) in CONVOLUTIONS:
+            self.made[node] = self._pointwise(a, b, node, module)
+            return
         x = self._padded(a, node, 0, module.width - len(module.positions_a))
         if kind == "pad":
             b, positions = self._sorted(b, module.positions_b)
@@ -245,6 +251,30 @@ class _Lowerer:
         origin = {place: i for i, place in enumerate(module.positions_b)}
         index = tuple(origin.get(i, zeros[0]) for i in range(module.width))
         return select(self.graph, self.root, b, 1, index)
+
+    def _pointwise(self, a: fx.Node, b: fx.Node, node: fx.Node, module: MixedAdd) -> fx.Node:
+        """Put a writer's channels in place by a 1x1 convolution, to which runtimes add the stream; append the new.
+
+        Where that costs no more the writer itself makes all channels of the stream, zeros among them.
+        """
+        source, n, before = operands(node)[1], len(module.positions_b), len(module.positions_a)
+        writer = self.network.module_of(source)
+        if not (writer is not None and self._splits(source) and _cost(writer) * (module.width - n) <= n * module.width):
+            kind = CONVOLUTIONS[len(self.network.shapes[node.name])]
+            writer = kind(n, n, 1, bias=False, dtype=next(self.network.body.parameters()).dtype)
+            nn.init.dirac_(writer.weight)
+        else:
+            b = self._live(source.all_input_nodes[0])
+        parts = []
+        for name, first, end in (("old", 0, before), ("new", before, module.width)):
+            origin = {place - first: i for i, place in enumerate(module.positions_b) if first <= place < end}
+            if origin:
+                attach(self.root, f"{node.name}_{name}", _rows(writer, [origin.get(i) for i in range(end - first)]))
+                parts.append(self.graph.call_module(f"{node.name}_{name}", (b,)))
+        x = a
+        if any(place < before for place in module.positions_b):
+            x = self.graph.call_function(aten.add.Tensor, (a, parts.pop(0)))
+        return self.graph.call_function(aten.cat.default, ([x, *parts], 1)) if parts else x
 
     def _expand(self, module: Expand, x: fx.Node) -> fx.Node:
         rank = len(self.network.shapes[next(n.name for n, m in self.made.items() if m is x)])
@@ -319,7 +349,7 @@ class _Lowerer:
         self.parts[node] = {}
         for first, start, end in self.runs[node]:
             name = f"{node.target}.run_{first}"
-            attach(self.root, name.replace(".", "_"), _rows(module, start, end))
+            attach(self.root, name.replace(".", "_"), _rows(module, range(start, end)))
             self.parts[node][first] = self.graph.call_module(name.replace(".", "_"), (x,))
 
 
@@ -349,12 +379,22 @@ def _pieces(positions: tuple[int, ...]) -> list[tuple[int, int]]:
     return list(itertools.pairwise([*starts, len(positions)]))
 
 
-def _rows(module: nn.Module, start: int, end: int) -> nn.Module:
-    """Return a convolution that makes only some of a convolution's channels."""
+def _cost(convolution: nn.Module) -> int:
+    """Return the multiplications per output of a convolution."""
+    assert isinstance(convolution, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return convolution.weight[0].numel()
+
+
+def _rows(module: nn.Module, rows: Sequence[int | None]) -> nn.Module:
+    """Return a convolution that makes only some of a convolution's channels, zeros for None."""
     new = copy.deepcopy(module)
     assert isinstance(new, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    new.weight = nn.Parameter(new.weight[start:end].detach().clone())
+    index = torch.tensor([-1 if row is None else row for row in rows])
+
+    def taken(values: Tensor) -> nn.Parameter:
+        return nn.Parameter(torch.cat([values, torch.zeros_like(values[:1])]).detach()[index])
+
+    new.weight, new.out_channels = taken(new.weight), len(rows)
     if new.bias is not None:
-        new.bias = nn.Parameter(new.bias[start:end].detach().clone())
-    new.out_channels = end - start
+        new.bias = taken(new.bias)
     return new

@@ -10,10 +10,10 @@ from torch import fx, nn
 from bar_edge.errors import InputError
 from bar_edge.network import MixedAdd, Network
 from bar_edge.network.channels import Passage, Passages, aten, called_again, is_constant, is_depthwise
-from bar_edge.network.movement import MOVEMENTS
+from bar_edge.network.movement import MOVEMENTS, SHAPELESS
 from bar_edge.surgery.order import is_identity, streams
 
-Kind = Literal["slices", "pad", "gather", "scatter", "blocks", "zero-filled", "regular"]
+Kind = Literal["slices", "pad", "gather", "scatter", "pointwise", "blocks", "zero-filled", "regular"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -21,8 +21,9 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 class Form:
     """How the additions of one residual stream run, as in `blocks:16`.
 
-    slices, pad, gather, scatter   a writer makes its own channels, which go to their places by Slice, Add and
-                                   Concat, by Pad and Add, by Gather from a padded tensor, or by ScatterND
+    slices, pad, gather, scatter, pointwise
+                  a writer makes its own channels, which go to their places by Slice, Add and Concat, by Pad and
+                  Add, by Gather from a padded tensor, by ScatterND, or by a convolution of 1x1 that adds
     blocks        a writer makes whole blocks of `rounding` channels, one convolution per block or run of blocks
     zero-filled   a writer makes all channels of the stream so far, one convolution for the old, one for the new
     regular       all tensors of the stream hold the union of its channels, plain additions
@@ -144,7 +145,7 @@ def rounded_placements(
 ) -> dict[fx.Node, Placement]:
     """Return placements that fill the widths of all other tensors up to multiples of their rounding.
 
-    Of a convolution's output, and what per-channel operators make of it, if only convolutions read it in the end.
+    Of a convolution's output, and what per-channel operators make of it, if only layers read it in the end.
     """
     again = called_again(network)
     wanted: set[fx.Node] = set()
@@ -152,9 +153,8 @@ def rounded_placements(
         passage = found.get(node)
         if passage is None or node in taken or not node.users or str(node.target) in again:
             continue
-        kept = passage.kind == "read" or (is_identity(passage) and len(network.shapes[node.name]) > 2)
         readers = (user in found and (user in wanted or _reads(network, found[user], user)) for user in node.users)
-        if kept and can_widen(network, passage, node) and all(readers):
+        if (passage.kind == "read" or is_identity(passage)) and can_widen(network, passage, node) and all(readers):
             wanted.add(node)
     places: dict[fx.Node, Placement] = {}
     for node in network.nodes:
@@ -173,7 +173,7 @@ def can_widen(network: Network, passage: Passage, node: fx.Node) -> bool:
         return plain_sum(network, passage, node)
     if module is not None:
         return isinstance(module, nn.modules.batchnorm._BatchNorm | nn.Dropout) or is_depthwise(module)
-    moved = node.target in MOVEMENTS or any(is_constant(n) for n in node.all_input_nodes)
+    moved = node.target in MOVEMENTS - SHAPELESS or any(is_constant(n) for n in node.all_input_nodes)
     return passage.kind == "map" and is_identity(passage) and passage.keeps_zero and not moved
 
 
@@ -195,9 +195,8 @@ def plain_sum(network: Network, passage: Passage, node: fx.Node) -> bool:
 
 
 def _reads(network: Network, passage: Passage, node: fx.Node) -> bool:
-    """Tell whether a convolution reads a tensor, which may then hold zeros."""
-    module = network.module_of(node)
-    return passage.kind == "read" and plain_reader(passage, module) and not isinstance(module, nn.Linear)
+    """Tell whether a layer reads all of a tensor, which may then hold zeros."""
+    return passage.kind == "read" and plain_reader(passage, network.module_of(node))
 
 
 def _slots(found: Passages, stream: Stream, form: Form) -> dict[fx.Node, list[int]]:
@@ -225,12 +224,13 @@ def _slots(found: Passages, stream: Stream, form: Form) -> dict[fx.Node, list[in
         prefix = set(channels) == set(range(len(channels)))
         so_far = range(_up(len(channels), r)) if prefix else ()
         if first not in slots:
-            slots[first] = own(first, set())
+            slots[first] = list(so_far) if form.kind == "pointwise" and prefix else own(first, set())
         if form.kind == "zero-filled" and prefix:
             slots.setdefault(second, list(so_far))
         elif second not in slots:
-            slots[second] = own(second, set(so_far) - set(slots[first]))
-        slots[node] = sorted({*slots[first], *slots[second]})
+            missing = set() if form.kind == "pointwise" else set(so_far) - set(slots[first])
+            slots[second] = own(second, missing)
+        slots[node] = sorted({*slots[first], *slots[second], *so_far})
     return {node: slots.get(writer[node]) or own(writer[node], set()) for node in stream.channels}
 
 

@@ -10,8 +10,8 @@ class MixedAdd(nn.Module):
     """Add two tensors that hold different channels of one residual stream (Lemaire et al., section 4.2).
 
     a: (N, n_a, ...), b: (N, n_b, ...) -> (N, width, ...). Channel i of an operand is added to
-    channel positions[i] of the output; an output channel that neither operand holds does not exist.
-    In first-write order positions_a is 0..n_a-1: the stream keeps its place, new channels are appended.
+    channel positions[i] of the output; a channel that neither operand holds is zero (only in forms filled up
+    for a runtime). In first-write order positions_a is 0..n_a-1: the stream keeps its place, new channels are appended.
     """
 
     _index_a: Tensor
@@ -19,7 +19,6 @@ class MixedAdd(nn.Module):
 
     def __init__(self, width: int, positions_a: tuple[int, ...], positions_b: tuple[int, ...]) -> None:
         super().__init__()
-        assert set(positions_a) | set(positions_b) == set(range(width))
         self.width, self.positions_a, self.positions_b = width, positions_a, positions_b
         self.register_buffer("_index_a", torch.tensor(positions_a, dtype=torch.int64), persistent=False)
         self.register_buffer("_index_b", torch.tensor(positions_b, dtype=torch.int64), persistent=False)

@@ -42,6 +42,8 @@ MOVEMENTS = {
 BROADCASTS = {aten.expand.default, aten.repeat.default, aten.tile.default}
 #: movements of nothing
 COPIES = {aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default}
+#: movements whose arguments do not depend on the number of channels
+SHAPELESS = {aten.flatten.using_ints, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 #: movements whose second argument is the shape of their result
 RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default}
 
