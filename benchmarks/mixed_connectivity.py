@@ -5,7 +5,7 @@ threads: "ours" is chosen among the candidates of `--lowering auto` in one measu
 in turn with the regular form, the literal one (paper) and first-write order with ScatterND, then with the
 dense network. The masks are those of benchmarks/masks.py. Resumable: what results/mixed_connectivity.json
 holds is not measured again. Run: python benchmarks/mixed_connectivity.py
-[--cells wrn-28-12] [--table|--profile|--bf16|--modules|--full-width]
+[--cells wrn-28-12] [--files DIR [--prepare]] [--table|--profile|--low|--modules|--full-width]
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from bar_edge.network.cost import count_executed
 from bar_edge.records import read_json, write_json
 from bar_edge.run import versions
 from bar_edge.surgery import slice_network
+from bar_edge.targets import for_speed
 from benchmarks.masks import CELLS, uneven_plan
 
 HERE = Path(__file__).parent / "results"
@@ -73,23 +74,30 @@ def networks(model: str, factor: int, seed: int) -> tuple[Network, Network]:
     return dense, slice_network(dense, uneven_plan(dense, factor, seed))
 
 
-def measure(folder: Path, model: str, factor: int, seed: int) -> dict[str, Any]:
-    """Measure one cell on every runtime; two threads only for the first three seeds."""
-    dense, sliced = networks(model, factor, seed)
-    forms = list(
-        dict.fromkeys(
-            [*OTHERS, *(c for (_, precision), names in CANDIDATES.items() for c in names if precision == "fp32")]
-        )
+def prepare(folder: Path, model: str, factor: int, seed: int) -> tuple[dict[str, Path], dict[str, Any]]:
+    """Export one cell in every form, and the dense network; return the files and what was counted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    forms = dict.fromkeys(
+        [*OTHERS, *(c for (_, precision), names in CANDIDATES.items() for c in names if precision == "fp32")]
     )
     files = {form: folder / f"{form.replace(':', '_')}.onnx" for form in forms}
-    executed = {}
-    for form, file in files.items():
-        lowered = lower(sliced, form)
-        executed[form] = count_executed(lowered).flops
-        export_onnx(lowered, sliced.input_shapes, file)
     files["dense"] = folder.parent / f"{LEARNED.get(model, model)}-dense.onnx"
-    if not files["dense"].is_file():
-        export_onnx(dense, dense.input_shapes, files["dense"])
+    counted = folder / "counted.json"
+    if not counted.is_file():
+        dense, sliced = networks(model, factor, seed)
+        executed = {}
+        for form, file in files.items():
+            lowered = dense if form == "dense" else lower(sliced, form)
+            executed[form] = count_executed(lowered).flops if form != "dense" else count(dense).flops
+            if form != "dense" or not file.is_file():
+                export_onnx(lowered, sliced.input_shapes, file)
+        flops = {**executed, "sliced": count(sliced).flops}
+        write_json(counted, {"flops": flops, "volume": {"dense": count(dense).volume, "sliced": count(sliced).volume}})
+    return files, read_json(counted)
+
+
+def measure(files: dict[str, Path], seed: int) -> dict[str, Any]:
+    """Measure one cell on every runtime; two threads only for the first three seeds."""
     found = {}
     for (runtime, precision), candidates in CANDIDATES.items():
         if precision != "fp32":
@@ -112,12 +120,7 @@ def measure(folder: Path, model: str, factor: int, seed: int) -> dict[str, Any]:
                 "dense_ms": median_ms(pair[0]),
                 "runs": len(judged[ours].samples_ms),
             }
-    return {
-        "runtimes": found,
-        "flops": {"dense": count(dense).flops, "sliced": count(sliced).flops, **executed},
-        "volume": {"dense": count(dense).volume, "sliced": count(sliced).volume},
-        "environment": tried[0].environment,
-    }
+    return {"runtimes": found, "environment": tried[0].environment}
 
 
 def _ratio(found: Any) -> list[float]:
@@ -231,27 +234,41 @@ def profile() -> str:
     return "\n".join(lines)
 
 
-def low_precision(seeds: range = range(3)) -> str:
-    """Return OpenVINO in bf16 on wrn-28-12 at 4x and 16x, chosen and judged apart, as Markdown."""
-    lines = ["| factor | seed | ours | ours ms | x regular (95 %) | x dense |", "|---|---|---|---|---|---|"]
-    options: dict[str, Any] = {"runtime": "openvino-cpu", "precision": "bf16"}
-    candidates = (*CANDIDATES["openvino-cpu", "bf16"], "blocks:32,regular:16,regular:16")
-    with tempfile.TemporaryDirectory() as folder:
+def low_precision(folder: Path, *, only_prepare: bool, seeds: range = range(3)) -> str:
+    """Return wrn-28-12 at 4x and 16x in bf16 and INT8 (calibrated on noise: for speed), as Markdown.
+
+    Chosen among the candidates in one measurement, judged in another.
+    """
+    lines = ["| runtime, precision | factor | seed | ours | ours ms | x regular (95 %) |", "|---" * 6 + "|"]
+    for seed in seeds:
         for factor in (4, 16):
-            for seed in seeds:
-                dense, sliced = networks("wrn-28-12", factor, seed)
-                files = {c: Path(folder) / f"{c.replace(':', '_')}.onnx" for c in (*candidates, "dense")}
-                for form, file in files.items():
-                    export_onnx(dense if form == "dense" else lower(sliced, form), dense.input_shapes, file)
-                tried = bench_onnx([files[c] for c in candidates], seconds=CHOOSE_S, **options)
+            for (runtime, precision), candidates in CANDIDATES.items():
+                if precision == "fp32":
+                    continue
+                own = folder / f"wrn-28-12_{factor}x_seed_{seed}"
+                own.mkdir(parents=True, exist_ok=True)
+                files = {c: own / f"{c.replace(':', '_')}-{runtime}-{precision}.onnx" for c in candidates}
+                convert = for_speed({"onnxruntime-cpu": "onnx", "openvino-cpu": "openvino"}[runtime], precision)
+                missing = [form for form in candidates if not files[form].is_file()]
+                for sliced in [networks("wrn-28-12", factor, seed)[1]] if missing else []:
+                    for form in missing:
+                        part = files[form].with_suffix(".part")
+                        export_onnx(lower(sliced, form), sliced.input_shapes, part)
+                        if convert is not None:
+                            convert(part)
+                        part.rename(files[form])
+                if only_prepare:
+                    continue
+                options: dict[str, Any] = {"runtime": runtime, "precision": "fp32" if convert else precision}
+                tried = bench_onnx(list(files.values()), seconds=CHOOSE_S, **options)
                 ours = min(zip(candidates, map(median_ms, tried), strict=True), key=lambda pair: pair[1])[0]
-                a, b = bench_onnx([files[ours], files["regular"]], seconds=JUDGE_S, **options)
-                c, d = bench_onnx([files[ours], files["dense"]], seconds=JUDGE_S, **options)
+                a, b = bench_onnx([files[ours], files["regular"]], seconds=2 * JUDGE_S, **options)
                 ratio = compare(a, b)
                 lines.append(
-                    f"| {factor}x | {seed} | {ours} | {median_ms(a):.3f} | {ratio.speedup:.2f} "
-                    f"({ratio.low:.2f}, {ratio.high:.2f}) | {compare(c, d).speedup:.1f} |"
+                    f"| {runtime}, {precision} | {factor}x | {seed} | {ours} | {median_ms(a):.3f} "
+                    f"| {ratio.speedup:.2f} ({ratio.low:.2f}, {ratio.high:.2f}) |"
                 )
+                print(lines[-1], flush=True)
     return "\n".join(lines)
 
 
@@ -320,29 +337,32 @@ def main() -> None:
     """Measure what is missing, write JSON and plot, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", default="", help="only cells whose name contains this")
+    parser.add_argument("--files", type=Path, help="folder that keeps the exported files")
+    parser.add_argument("--prepare", action="store_true", help="only export, to measure later on a quiet machine")
     parser.add_argument("--table", action="store_true", help="only print the table and the plot")
     parser.add_argument("--profile", action="store_true", help="only print where the time goes")
-    parser.add_argument("--bf16", action="store_true", help="only measure OpenVINO in bf16")
+    parser.add_argument("--low", action="store_true", help="only measure bf16 and INT8")
     parser.add_argument("--modules", action="store_true", help="only measure the nn.Modules in torch")
     parser.add_argument("--full-width", action="store_true", help="only measure the stream at its full width")
     options = parser.parse_args()
-    for wanted, show in (
-        (options.full_width, full_width),
-        (options.profile, profile),
-        (options.bf16, low_precision),
-        (options.modules, modules),
-    ):
+    for wanted, show in ((options.full_width, full_width), (options.profile, profile), (options.modules, modules)):
         if wanted:
             print(show())
             return
+    if options.low:
+        with tempfile.TemporaryDirectory() as temporary:
+            print(low_precision(options.files or Path(temporary), only_prepare=options.prepare))
+        return
     results = read_json(RESULTS) if RESULTS.is_file() else {"cells": {}, "versions": versions()}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, *cell in cells():
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.files or Path(temporary)
+        for name, model, factor, seed in cells():
             if options.table or name in results["cells"] or options.cells not in name:
                 continue
-            own = Path(folder) / "cell"
-            own.mkdir(exist_ok=True)
-            results["cells"][name] = {**measure(own, *cell), "load": os.getloadavg()[0]}
+            files, counted = prepare(folder / name.replace(" ", "_"), model, factor, seed)
+            if options.prepare:
+                continue
+            results["cells"][name] = {**measure(files, seed), **counted, "load": os.getloadavg()[0]}
             write_json(RESULTS, results)
             first = results["cells"][name]["runtimes"]["onnxruntime-cpu 1"]
             print(name, first["ours"], f"{first['ours_ms']:.3f} ms", first["against"], flush=True)

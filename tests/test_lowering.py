@@ -74,7 +74,8 @@ MADE = {
     "sigmoid": Net(sigmoid_stream), "joined": Net(joined_streams), "taps": Net(taps), "cat": Net(concatenated, 16),
     "normed": Net(lambda s, x: F.relu(s.n(x + s.a(x))) + s.m(s.b(x)) + x),
 }  # fmt: skip
-FORMS = [*LOWERINGS, "slices:4", "pad:3", "gather:4", "scatter:2", "blocks:2", "blocks:8", "zero-filled:4", "regular:8"]
+FORMS = [*LOWERINGS, "slices:4", "pad:3", "gather:4", "scatter:2", "blocks:2", "blocks:8", "pointwise:4"]
+FORMS += ["zero-filled:4", "regular:8"]
 ZOO = {"wrn-16-1": 1.0, "resnet20": 0.5, "resnet18": 0.0625}
 
 
@@ -138,7 +139,7 @@ def test_paper_gathers_and_scatters() -> None:
     assert torch.ops.aten.cat.default not in called
 
 
-@pytest.mark.parametrize("form", ["slices", "pad", "gather", "blocks:2", "zero-filled", "regular"])
+@pytest.mark.parametrize("form", ["slices", "pad", "gather", "pointwise", "blocks:2", "zero-filled", "regular"])
 def test_other_forms_do_not_scatter(form: str) -> None:
     _, sliced, _ = sliced_network("wrn-16-1")
     called = targets(lower(sliced, form))
@@ -149,7 +150,7 @@ def convolutions(network: Network) -> list[nn.Conv2d]:
     return [m for node in network.nodes if isinstance(m := network.module_of(node), nn.Conv2d)]
 
 
-@pytest.mark.parametrize("form", ["slices:4", "gather:4", "blocks:4", "zero-filled:4", "regular:4"])
+@pytest.mark.parametrize("form", ["slices:4", "gather:4", "pointwise:4", "blocks:4", "zero-filled:4", "regular:4"])
 @pytest.mark.parametrize("name", ["wrn-16-1", "resnet20", "linear bottleneck"])
 def test_rounded_widths_are_multiples(name: str, form: str) -> None:
     _, sliced, _ = sliced_network(name, removed=0.4)
@@ -168,6 +169,41 @@ def test_blocks_add_where_they_write_and_join_where_they_are_read() -> None:
     # one convolution per run: more of them, of no more than the widths written
     more = convolutions(lower(sliced, "blocks:2"))
     assert len(more) > len(convolutions(sliced))
+
+
+def test_pointwise_moves_channels_by_convolutions_alone() -> None:
+    aten = torch.ops.aten
+    _, sliced, _ = sliced_network("wrn-16-1", removed=0.7)
+    called = targets(lower(sliced, "pointwise:4"))
+    assert not {aten.slice.Tensor, aten.index_select.default, aten.constant_pad_nd.default} & set(called)
+    moving = [c for c in convolutions(lower(sliced, "pointwise:4")) if c.weight.count_nonzero() <= c.out_channels]
+    assert len(moving) >= sum(isinstance(m, MixedAdd) for m in sliced.modules())
+
+
+def test_a_writer_makes_the_whole_stream_where_that_costs_no_more() -> None:
+    """4 of 8 channels: with 1 channel read, 8 filters of 1x1 cost 8, 4 of them and a placing convolution 4 + 32."""
+    for kernel, channels_read, moved in ((1, 1, 0), (3, 6, 1)):
+        module = nn.Module()
+        module.stem, module.a = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, kernel, padding=kernel // 2)
+        module.fc = nn.Linear(8, 4)
+        plan = {"stem": tuple(range(8)), "a": (1, 3, 5, 7), "b": tuple(range(channels_read))}
+        module.b = nn.Conv2d(8, 8, 1)
+
+        class Block(nn.Module):
+            def __init__(self, s: nn.Module) -> None:
+                super().__init__()
+                self.s = s
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.s.stem(x)
+                return self.s.fc(F.relu(x + self.s.a(F.relu(self.s.b(x)))).mean((2, 3)))
+
+        network = trace(randomise(Block(module).double().eval(), removed=0.5), torch.zeros(1, 3, 8, 8).double())
+        kept = {f"s.{name}": ids for name, ids in plan.items()}
+        sliced = slice_network(network, ChannelPlan(network=network.fingerprint, kept=kept))
+        lowered, images = lower(sliced, "pointwise"), contrasting(2, 3, 8, 8)
+        assert difference(sliced(images), lowered(images)) < FLOAT64
+        assert len(convolutions(lowered)) == len(convolutions(sliced)) + moved
 
 
 def test_gather_takes_zeros_from_an_empty_filter() -> None:
