@@ -104,7 +104,7 @@ def test_no_time_still_gives_an_answer(stopwatch: Any, pruned: tuple[Network, Ne
 def test_for_real(pruned: tuple[Network, Network]) -> None:
     dense, sliced = pruned
     chosen = choose_lowering(sliced, dense, seconds=5.0)
-    assert set(chosen.tried_ms) >= {"gather:4", "regular"}
+    assert set(chosen.tried_ms) >= {CANDIDATES["onnxruntime-cpu", "fp32"][0], "regular"}
     assert min(chosen.chosen_ms, chosen.dense_ms) > 0
     assert chosen.environment["runtime"] == "onnxruntime-cpu"
     assert bench_onnx is choice.bench_onnx
