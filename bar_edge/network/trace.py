@@ -18,8 +18,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from bar_edge.errors import InputError
+from bar_edge.network.channels import numbers_from
 from bar_edge.network.codec import attach
-from bar_edge.network.movement import COPIES, MOVEMENTS, moved, numbered
+from bar_edge.network.movement import COPIES, MOVEMENTS, numbered
 from bar_edge.network.network import Network, structure_of
 
 aten = torch.ops.aten
@@ -171,7 +172,7 @@ def _name_pixel_shuffles(network: Network) -> bool:
         sizes = shape[1] * factor**2 == before[1] if up else before[1] * factor**2 == shape[1]
         if factor < 2 or not sizes or before[2:] == shape[2:]:
             continue
-        if torch.equal(operator_(numbered(before), factor), _moved_from(network, base, node)):
+        if torch.equal(operator_(numbered(before), factor), numbers_from(network, base, node)):
             with network.body.graph.inserting_before(node):
                 named = network.body.graph.call_function(operator_, (base, factor))
             named.meta |= node.meta
@@ -189,15 +190,6 @@ def _before_views(network: Network, node: fx.Node) -> fx.Node | None:
         if len(network.shapes.get(node.name, ())) <= 4:
             return node if node.name in network.shapes and node.op != "get_attr" else None
     return None
-
-
-def _moved_from(network: Network, base: fx.Node, node: fx.Node) -> Tensor:
-    """Return what the movements between two nodes make of the numbers of the first one's elements."""
-    if node is base:
-        return numbered(network.shapes[base.name])
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return moved(node, _moved_from(network, base, source), network.sizes, {})
 
 
 def _across_batch(node: fx.Node, rank: int) -> bool:
@@ -316,7 +308,7 @@ class _Builder:
             dim, shape = int(_arguments(node)["dim"]), node.meta["val"].shape
             parts = [self.graph.call_function(aten.unsqueeze.default, (self._map(p), dim)) for p in node.args[0]]  # type: ignore[union-attr]
             return self.graph.call_function(aten.cat.default, (parts, dim % len(shape)))
-        if _is_whole_slice(node):
+        if target is aten.lift_fresh_copy.default or _is_whole_slice(node):
             return self._node(node.args[0])  # type: ignore[arg-type]
         if target is aten.select.int:
             return self._select(self._map(node.args[0]), node.args[0].meta["val"].shape, node.args[1], node.args[2])  # type: ignore[union-attr]
