@@ -373,7 +373,7 @@ def test_a_sliced_network_is_sliced_again() -> None:
 
 
 def test_a_depthwise_layer_filters_channels_in_the_order_in_which_they_lie() -> None:
-    reordered = torch.tensor([3, 0, 2, 7, 1, 6, 4, 5])
+    reordered = [3, 0, 2, 7, 1, 6, 4, 5]
     module = Net(lambda s, x: s.b(F.relu(s.d(s.a(x)[:, reordered]))), a=conv(), d=conv(groups=8), b=conv())
     network, images = trace(randomise(module.double().eval()), contrasting(3, 3, 8, 8)), contrasting(3, 3, 8, 8)
     plan = plan_for(network, {"a": (1, 2, 5, 6, 7)})

@@ -74,7 +74,7 @@ def moved(node: fx.Node, numbers: Tensor, sizes: dict[str, Any], constants: dict
 def _rows(numbers: Tensor, axis: int) -> Iterator[Tensor]:
     """Yield the numbers at every index of an axis as rows, some indices at a time."""
     rows = numbers.movedim(axis, 0)
-    step = max(1, CHUNK * len(rows) // numbers.numel())
+    step = max(1, CHUNK * len(rows) // max(1, numbers.numel()))
     return (rows[i : i + step].flatten(1) for i in range(0, len(rows), step))
 
 
@@ -90,13 +90,16 @@ def one_to_one(numbers: Tensor, shape: tuple[int, ...], axis: int, new_axis: int
     numbers: the moved numbers of a tensor of `shape` with channels along `axis`. An axis that the batch
     is part of holds no channels.
     """
-    image, found = torch.Size(shape[1:]).numel(), []
+    some = tuple(slice(None) if i == new_axis else slice(2) for i in range(numbers.ndim))
+    corner = _labels(numbers[some].movedim(new_axis, 0).flatten(1), shape, axis)
+    if bool((corner != corner[:, :1]).any()):  # most axes without channels fail here already
+        return None
+    image = torch.Size(shape[1:]).numel()
     for rows in _rows(numbers, new_axis):
-        old, batch = _labels(rows, shape, axis), rows // image
-        if not bool((old == old[:, :1]).all()) or bool((batch.amin(1) == batch.amax(1)).any()):
+        batch, found = rows // image, _labels(rows, shape, axis)
+        if bool((found != found[:, :1]).any()) or bool((batch.amin(1) == batch.amax(1)).any()):
             return None
-        found.append(old[:, 0].long())
-    return torch.cat(found)
+    return corner[:, 0].long()
 
 
 def many_to_one(numbers: Tensor, shape: tuple[int, ...], axis: int, new_axis: int) -> tuple[Tensor, Tensor] | None:

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from bar_edge.errors import InputError
+from bar_edge.network.batch import mixing_node
 from bar_edge.network.channels import numbers_from
 from bar_edge.network.codec import attach
 from bar_edge.network.movement import COPIES, MOVEMENTS, numbered
@@ -30,7 +31,8 @@ def trace(module: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Net
     """Return the module as a Network with copies of its weights; the module itself is left as it was.
 
     example_inputs: one tensor or a tuple, (N, ...) each; only their shapes without N count.
-    Raises InputError if torch.export does not accept the module or N cannot be left free.
+    Raises InputError if torch.export does not accept the module, N cannot be left free, numbers are complex or
+    an image's answer depends on the others of its batch.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     program = _export(module, inputs)
@@ -43,6 +45,9 @@ def trace(module: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Net
     network = Network(body, shapes, structure)
     if _name_pixel_shuffles(network):
         network = Network(body, shapes, structure)
+    mixing = mixing_node(network.eval())
+    if mixing is not None:
+        raise _mixed_batch(f"{mixing.target} over the batch at {source_line(mixing)}")
     return network.train(module.training)
 
 
@@ -101,12 +106,16 @@ def _check_outputs(program: torch.export.ExportedProgram) -> None:
     for name in program.graph_signature.user_outputs:
         value = nodes[name].meta.get("val") if name in nodes else None
         if isinstance(value, Tensor) and any(_is_free(n) for n in value.shape) and str(value.shape[0]) != str(batch):
-            raise InputError(
-                "a network that treats every image of a batch alone",
-                got=f"an output of shape {tuple(value.shape)}, made at {source_line(nodes[name])}",
-                consequence="its answers could not be told apart by image",
-                remedy="keep the batch as the first axis: x.flatten(1)",
-            )
+            raise _mixed_batch(f"an output of shape {tuple(value.shape)}, made at {source_line(nodes[name])}")
+
+
+def _mixed_batch(got: str) -> InputError:
+    return InputError(
+        "a network that treats every image of a batch alone",
+        got=got,
+        consequence="its answer for an image would depend on the others, or be lost among theirs",
+        remedy="keep the batch as the first axis (x.flatten(1)) and reduce over the others (x.mean((1, 2, 3)))",
+    )
 
 
 def _users_line(error: BaseException) -> str:
@@ -143,12 +152,7 @@ def _check_node(node: fx.Node) -> None:
     before = source.meta.get("val") if isinstance(source, fx.Node) else None
     batched = isinstance(before, Tensor) and before.ndim > 1 and _is_free(before.shape[0])
     if node.op == "call_function" and batched and _across_batch(node, before.ndim):  # type: ignore[union-attr]
-        raise InputError(
-            "a network that treats every image of a batch alone",
-            got=f"{node.target} over the batch at {source_line(node)}",
-            consequence="its answer for an image would depend on the others",
-            remedy="reduce over the other axes only: x.mean((1, 2, 3), keepdim=True)",
-        )
+        raise _mixed_batch(f"{node.target} over the batch at {source_line(node)}")
 
 
 def _is_free(size: Any) -> bool:
