@@ -176,12 +176,10 @@ class _Slicer:
         for inputs, outputs in ((ins, outs), (ins.sort().values, outs.sort().values)):
             args = self._resized(node, axis, len(outputs))
             try:
-                got = _applied(node, dense.index_select(base, inputs), args, self.network)
+                got = _applied(node, _some(dense, base, inputs), args, self.network)
             except RuntimeError:  # sizes that do not divide any more
                 continue
-            if got.shape == target.index_select(axis, outputs).shape and torch.equal(
-                got, target.index_select(axis, outputs)
-            ):
+            if torch.equal(got, _some(target, axis, outputs)):
                 read = self._laid_out(source, inputs)
                 given = {n: read if n is source else self._full(n) for n in node.all_input_nodes}
                 args = fx.map_arg(args, given.__getitem__)
