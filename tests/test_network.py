@@ -312,6 +312,20 @@ def test_a_forward_with_any_number_of_inputs() -> None:
     assert torch.equal(trace(module, images())(images()), module(images()))
 
 
+def test_a_forward_with_inputs_that_nobody_gives() -> None:
+    class More(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = conv()
+
+        def forward(self, x: Tensor, y: Tensor | None = None, *others: Tensor, scale: float = 2.0) -> Tensor:
+            return self.c(x if y is None else x + y) * scale
+
+    module = More().eval()
+    assert torch.equal(trace(module, images())(images()), module(images()))
+    assert torch.equal(trace(module, (images(), images()))(images(), images()), module(images(), images()))
+
+
 def test_a_network_is_a_module_like_any_other() -> None:
     network = trace(nn.Sequential(conv(), nn.ReLU()).eval(), images())
     again = copy.deepcopy(network)

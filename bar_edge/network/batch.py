@@ -36,7 +36,7 @@ def _answers(network: Network, seed: int) -> dict[fx.Node, list[Tensor]]:
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
-            if n.op != "placeholder":
+            if n.op not in ("placeholder", "get_attr"):
                 tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
                 answers[n] = [t[1] for t in tensors if t.shape[:1] == (3,)]
             return value

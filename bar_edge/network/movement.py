@@ -19,6 +19,7 @@ MOVEMENTS = {
     aten.permute.default,
     aten.transpose.int,
     aten.t.default,
+    aten.mT.default,
     aten.movedim.int,
     aten.movedim.intlist,
     aten.squeeze.default,

@@ -66,8 +66,8 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.Expor
             warnings.simplefilter("ignore")
             free: tuple[Any, ...] = tuple({0: torch.export.Dim.AUTO} for _ in pair)
             kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
-            if inspect.Parameter.VAR_POSITIONAL in kinds:
-                named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+            named = [*kinds, inspect.Parameter.VAR_POSITIONAL].index(inspect.Parameter.VAR_POSITIONAL)
+            if named < min(len(kinds), len(free)):
                 free = (*free[:named], free[named:])
             program = torch.export.export(module, pair, dynamic_shapes=free, strict=False)
     except Exception as error:  # torch.export raises many kinds; all mean that this module cannot be traced
@@ -318,9 +318,11 @@ class _Builder:
             return self._select(self._map(node.args[0]), node.args[0].meta["val"].shape, node.args[1], node.args[2])  # type: ignore[union-attr]
         if _is_flatten(node):
             return self.graph.call_function(aten.flatten.using_ints, (self._map(node.args[0]), 1))
-        if target is aten.expand_as.default and node.args[0].meta["val"].ndim == node.meta["val"].ndim:  # type: ignore[union-attr]
-            shape = [-1, *node.meta["val"].shape[1:]]
-            return self.graph.call_function(aten.expand.default, (self._map(node.args[0]), shape))
+        if target in _AS:
+            before, after = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
+            fits = len(before) == len(after) or target is not aten.expand_as.default
+            if fits and all(isinstance(n, int) for n in after[1:]):
+                return self.graph.call_function(_AS[target], (self._map(node.args[0]), [-1, *after[1:]]))
         return self.graph.call_function(target, self._map(node.args), self._map(node.kwargs))
 
     def _select(self, x: fx.Node, shape: tuple[Any, ...], dim: Any, index: Any) -> fx.Node:
@@ -601,6 +603,12 @@ def _out_of_place(target: Any) -> tuple[Any, bool]:
     return twin, True
 
 
+#: operators that take a shape from another tensor, and those that are told it
+_AS: dict[object, Any] = {
+    aten.view_as.default: aten.reshape.default,
+    aten.reshape_as.default: aten.reshape.default,
+    aten.expand_as.default: aten.expand.default,
+}
 _PIECES: set[object] = {
     aten.chunk.default,
     aten.split.Tensor,
