@@ -4,7 +4,8 @@
     python benchmarks/any_cnn.py --onnx --beside densenet121 unet
 
 For every network of the zoo and of tests/architectures.py at its published width and input: seconds to trace, to
-plan (4x FLOPs, random order) and to slice (CPU time of one thread, the median of three), the prunable share, and
+plan (4x FLOPs, random order) and to slice (one thread, the median of three; CPU time, and wall time of all three
+stages together: run it on an idle machine), the prunable share, and
 the memory that slicing adds at its peak when nothing is removed, as a multiple of the weights (Linux only); and,
 float64 with random masks at 25, 50 and 90 % on narrow copies, the largest difference between the sliced network
 and the user's own module under masks. --onnx also exports the sliced narrow network, zero-filled, and runs it in
@@ -72,17 +73,17 @@ def published(name: str) -> dict[str, Any]:
     architecture = NETWORKS[name]
     torch.manual_seed(0)
     module = architecture.build(1.0).eval()
-    seconds: dict[str, list[float]] = {"trace_s": [], "plan_s": [], "slice_s": []}
+    seconds: dict[str, list[float]] = {"trace_s": [], "plan_s": [], "slice_s": [], "wall_s": []}
     for _ in range(REPEATS):
-        start = time.process_time()
+        wall, start = time.perf_counter(), time.process_time()
         network = trace(module, torch.zeros(2, *architecture.input_shape))
         traced = time.process_time()
         layout, full = GateLayout(network), count(network)
         plan = random_plan(layout, "flops", full.flops / 4, seed=0)
         planned = time.process_time()
         sliced = slice_network(network, plan)
-        done = time.process_time()
-        for stage, each in zip(seconds, (traced - start, planned - traced, done - planned), strict=True):
+        done, wall = time.process_time(), time.perf_counter() - wall
+        for stage, each in zip(seconds, (traced - start, planned - traced, done - planned, wall), strict=True):
             seconds[stage].append(each)
     return {
         "params": full.params,
@@ -218,14 +219,14 @@ def apart(expected: list[np.ndarray], got: list[np.ndarray]) -> float:
 
 def table(found: dict[str, Any]) -> str:
     """Write the results as a Markdown table."""
-    head = ["network", "parameters", "FLOPs", "prunable", "no rule", "trace, plan, slice (s)", "memory", "difference"]
-    head += ["ONNX Runtime", "OpenVINO", "Torch-Pruning: graph, prune (s)"]
+    head = ["network", "parameters", "FLOPs", "prunable", "no rule", "trace, plan, slice; wall (s)", "memory"]
+    head += ["difference", "ONNX Runtime", "OpenVINO", "Torch-Pruning: graph, prune (s)"]
     lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
     for name in NETWORKS:
         row = found["networks"].get(name, {})
         if "trace_s" not in row:
             continue
-        seconds = ", ".join(f"{row[k]:.2f}" for k in ("trace_s", "plan_s", "slice_s"))
+        seconds = ", ".join(f"{row[k]:.2f}" for k in ("trace_s", "plan_s", "slice_s")) + f"; {row['wall_s']:.2f}"
         files, other = row.get("onnx", {}), row.get("torch_pruning", {"error": "not run"})
         cells = [
             name,

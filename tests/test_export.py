@@ -203,6 +203,31 @@ def test_plumbing_and_structured_outputs(tmp_path: Path) -> None:
     assert parity_onnx(module, path, torch.randn(5, 3, 8, 8)) <= TOLERANCE
 
 
+class Reordered(nn.Module):
+    """All channels in another order, which is not its own inverse, before layers of few and of one channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter, self.mix = nn.Conv2d(5, 5, 3, groups=5), nn.Conv2d(5, 4, 1)
+        self.register_buffer("order", torch.tensor([1, 2, 3, 4, 0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(self.filter(x.index_select(1, self.order)))
+
+
+def test_channels_in_another_order(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, path, images = Reordered(), tmp_path / "reordered.onnx", torch.randn(2, 5, 6, 6)
+    export_onnx(module, (5, 6, 6), path)
+    assert parity_onnx(module, path, images) <= TOLERANCE
+    gathers = [node for node in onnx.load(path).graph.node if node.op_type == "Gather"]
+    assert [onnx.helper.get_node_attr_value(node, "axis") for node in gathers] == [-3]
+    openvino = pytest.importorskip("openvino")  # takes the order for its inverse where the axis is positive
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    (got,) = compiled([images.numpy()]).values()
+    assert np.abs(got - module(images).detach().numpy()).max() <= TOLERANCE
+
+
 def test_float64_and_several_inputs(tmp_path: Path) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -272,6 +272,33 @@ def test_a_fixed_batch_is_refused() -> None:
         trace(Net(lambda s, x: s.c(x).view(2, 256), c=conv()), images(2))
 
 
+MIXING: dict[str, tuple[str, Callable[[Any, Tensor], Tensor]]] = {
+    "a mean over the batch": ("mean.dim", lambda s, x: s.c(x) - s.c(x).mean(0, keepdim=True)),
+    "every image with every other": ("matmul", lambda s, x: s.c(x).flatten(1) @ s.c(x).flatten(1).t()),
+    "images weighted by each other": ("matmul", lambda s, x: (x.flatten(1) @ x.flatten(1).t()) @ s.c(x).flatten(1)),
+    "the batch among the features": ("reshape", lambda s, x: s.c(x).mean((2, 3)).t().reshape(-1, 4)),
+    "a batch's own statistics": ("batch_norm", lambda s, x: F.batch_norm(s.c(x), None, None, training=True)),
+    "against the first image": ("sub", lambda s, x: s.c(x) - s.c(x)[:1]),
+    "of the input": ("add", lambda s, x: s.c(x + x[:1])),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_an_answer_that_depends_on_other_images_is_refused(name: str) -> None:
+    operator_name, forward = MIXING[name]
+    with pytest.raises(InputError, match=rf"aten\.{operator_name}.* over the batch at test_network\.py:\d+: "):
+        trace(Net(forward, c=conv(3, 4)), images())
+
+
+def test_noise_and_attention_leave_the_images_of_a_batch_alone() -> None:
+    module = Net(
+        lambda s, x: s.m(*3 * [F.dropout(s.c(x)).flatten(2).mT])[0],
+        c=conv(3, 4),
+        m=nn.MultiheadAttention(4, 2, batch_first=True),
+    )
+    assert trace(module.eval(), images()).shapes
+
+
 def test_a_forward_with_any_number_of_inputs() -> None:
     class Many(nn.Module):
         def __init__(self) -> None:
@@ -283,6 +310,20 @@ def test_a_forward_with_any_number_of_inputs() -> None:
 
     module = Many().eval()
     assert torch.equal(trace(module, images())(images()), module(images()))
+
+
+def test_a_forward_with_inputs_that_nobody_gives() -> None:
+    class More(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = conv()
+
+        def forward(self, x: Tensor, y: Tensor | None = None, *others: Tensor, scale: float = 2.0) -> Tensor:
+            return self.c(x if y is None else x + y) * scale
+
+    module = More().eval()
+    assert torch.equal(trace(module, images())(images()), module(images()))
+    assert torch.equal(trace(module, (images(), images()))(images(), images()), module(images(), images()))
 
 
 def test_a_network_is_a_module_like_any_other() -> None:

@@ -99,6 +99,13 @@ class Ends(nn.Module):
         return torch.fft.fft2(y).abs()
 
 
+class Squares(nn.Module):
+    """Nothing that could be pruned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.square()
+
+
 @pytest.mark.parametrize(
     ("end", "said"),
     [
@@ -129,8 +136,10 @@ def test_a_name_that_python_reserves() -> None:
 
 
 def test_a_network_without_convolutions_is_refused() -> None:
-    with pytest.raises(InputError, match="convolution"):
+    with pytest.raises(InputError, match="convolution.*\\n.*1: its channels are the network's output"):
         BAR(nn.Sequential(nn.Flatten(1), nn.Linear(48, 10)), torch.zeros(2, 3, 4, 4), budget="2x", steps=10)
+    with pytest.raises(InputError, match="no convolution.* only aten.square.default at test_preflight.py:.*x.square()"):
+        BAR(Squares(), torch.zeros(2, 3, 4, 4), budget="2x", steps=10)
     with pytest.raises(InputError, match="convolution"):
         mlp = nn.Sequential(nn.Flatten(1), nn.Linear(48, 10), nn.ReLU(), nn.Linear(10, 4))
         BAR(mlp, torch.zeros(2, 3, 4, 4), budget="2x", steps=10)

@@ -372,6 +372,36 @@ def test_a_sliced_network_is_sliced_again() -> None:
     assert hooked_counts(twice, images) == (count(twice).volume, count(twice).flops, count(twice).params)
 
 
+def test_a_depthwise_layer_filters_channels_in_the_order_in_which_they_lie() -> None:
+    reordered = [3, 0, 2, 7, 1, 6, 4, 5]
+    module = Net(lambda s, x: s.b(F.relu(s.d(s.a(x)[:, reordered]))), a=conv(), d=conv(groups=8), b=conv())
+    network, images = trace(randomise(module.double().eval()), contrasting(3, 3, 8, 8)), contrasting(3, 3, 8, 8)
+    plan = plan_for(network, {"a": (1, 2, 5, 6, 7)})
+    sliced = slice_network(network, plan)
+    assert not any(node.target is torch.ops.aten.index_select.default for node in sliced.nodes)
+    assert relative_difference(masked_outputs(network, plan, images), sliced(images)) < FLOAT64
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_a_block_reads_is_a_prefix_however_often_a_network_is_sliced(seed: int) -> None:
+    module = randomise(build("resnet20", input_shape=(3, 8, 8), classes=10).double(), seed).eval()
+    network, images = trace(module, torch.zeros(1, 3, 8, 8)), contrasting(3, 3, 8, 8)
+    for removed in (0.4, 0.3, 0.3):
+        generator = torch.Generator().manual_seed(seed)
+        kept = {
+            name: tuple(sorted(torch.randperm(n, generator=generator)[: max(1, round(n * (1 - removed)))].tolist()))
+            for name, (_, n) in GateLayout(network).offsets.items()
+        }
+        plan = plan_for(network, kept)
+        sliced = slice_network(network, plan)
+        assert difference(masked_outputs(network, plan, images), sliced(images)) < FLOAT64
+        mixed = [m for m in sliced.modules() if isinstance(m, MixedAdd)]
+        assert mixed
+        assert all(m.positions_a == tuple(range(len(m.positions_a))) for m in mixed)
+        assert not any(node.target is torch.ops.aten.index_select.default for node in sliced.nodes)
+        network = sliced
+
+
 def test_frozen_parameters_stay_frozen() -> None:
     module, _ = small()
     module.conv1.weight.requires_grad_(False)

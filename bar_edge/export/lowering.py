@@ -20,7 +20,6 @@ from bar_edge.export.placement import (
     KINDS,
     Form,
     Placement,
-    Stream,
     plain_reader,
     plain_sum,
     residual_streams,
@@ -32,7 +31,7 @@ from bar_edge.network import Expand, MixedAdd, Network
 from bar_edge.network.channels import called_again, operands, passages
 from bar_edge.network.codec import attach
 from bar_edge.network.movement import MOVEMENTS
-from bar_edge.surgery.order import is_identity
+from bar_edge.surgery.order import Stream, is_identity
 from bar_edge_kernels import gather, scatter_add
 
 aten = torch.ops.aten

@@ -84,6 +84,7 @@ def export_onnx(
         with quiet():
             model = _convert(_Flat(module, preprocessing), examples, opset)
             model, _ = onnxsim.simplify(model)
+            _count_axes_from_the_end(model)
             _clean(model, {"input_layout": "NCHW"[: len(shapes[0]) + 1], **(metadata or {})})
             onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # the exporter raises many kinds; all mean that this module has no ONNX form
@@ -183,6 +184,22 @@ def _convert(network: nn.Module, examples: tuple[Tensor, ...], opset: int) -> on
     ):
         raise ValueError("the first axis of every input and output must be the batch")
     return model
+
+
+def _count_axes_from_the_end(model: onnx.ModelProto) -> None:
+    """Write the axis of every Gather as a negative number: the same operator, but one that OpenVINO lets be.
+
+    OpenVINO (seen in 2026.4.1) takes a Gather of all channels in another order for one that swaps colours,
+    removes it, and moves the weights of the next convolution by the order itself where its inverse is due.
+    """
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    values = [*inferred.input, *inferred.value_info]
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in values}
+    ranks |= {constant.name: len(constant.dims) for constant in inferred.initializer}
+    for node in model.graph.node:
+        axes = [a for a in node.attribute if node.op_type == "Gather" and a.name == "axis" and a.i >= 0]
+        for axis in axes if ranks.get(node.input[0]) else []:
+            axis.i -= ranks[node.input[0]]
 
 
 def _clean(model: onnx.ModelProto, metadata: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ from bar_edge.errors import InputError
 from bar_edge.network import MixedAdd, Network
 from bar_edge.network.channels import Passage, Passages, aten, called_again, is_constant, is_depthwise
 from bar_edge.network.movement import MOVEMENTS, SHAPELESS
-from bar_edge.surgery.order import is_identity, streams
+from bar_edge.surgery.order import Stream, is_identity, joined_streams
 
 Kind = Literal["slices", "pad", "gather", "scatter", "pointwise", "blocks", "zero-filled", "regular"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -65,56 +65,19 @@ class Placement:
         return self.positions == tuple(range(self.width))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Stream:
-    """The tensors that additions and per-channel operators join, in graph order.
-
-    channels: for every tensor, which of the `width` channels of the whole stream it holds, in its own order.
-    Channels that meet in an addition are one channel; they are numbered by first appearance.
-    """
-
-    width: int
-    channels: dict[fx.Node, tuple[int, ...]]
-
-
 def residual_streams(network: Network, found: Passages) -> list[Stream]:
     """Return the streams in which something is added, in graph order.
 
     Not those that a module called twice, or a tensor added to itself, takes part in.
     """
-    stream = streams(found)
-    joined = {stream[node] for node, passage in found.items() if passage.kind == "add"}
     again = called_again(network)
-    joined -= {stream[node] for node in found if str(node.target) in again}
-    # a tensor added to itself has two places for each channel
-    twice = [n for n, p in found.items() if len({link.source for link in p.links}) < len(p.links)]
-    joined -= {stream[node] for node in twice}
-    start: dict[fx.Node, int] = {}
-    total = 0
-    for node, passage in found.items():
-        start[node], total = total, total + passage.width
-    parent = list(range(total))
 
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
+    def plain(node: fx.Node) -> bool:
+        links = found[node].links  # a tensor added to itself has two places for each channel
+        return str(node.target) not in again and len({link.source for link in links}) == len(links)
 
-    for node, passage in found.items():
-        if stream[node] in joined and (passage.kind == "add" or is_identity(passage)):
-            for link in passage.links:
-                for i, o in zip(link.inputs.tolist(), link.outputs.tolist(), strict=True):
-                    a, b = root(start[link.source] + i), root(start[node] + o)
-                    parent[max(a, b)] = min(a, b)
-    number: dict[fx.Node, dict[int, int]] = {}
-    channels: dict[fx.Node, dict[fx.Node, tuple[int, ...]]] = {}
-    for node, passage in found.items():
-        if stream[node] in joined:
-            numbers = number.setdefault(stream[node], {})
-            roots = [root(start[node] + i) for i in range(passage.width)]
-            channels.setdefault(stream[node], {})[node] = tuple(numbers.setdefault(r, len(numbers)) for r in roots)
-    return [Stream(len(number[first]), tensors) for first, tensors in channels.items()]
+    joined = [stream for stream in joined_streams(found) if any(found[n].kind == "add" for n in stream.channels)]
+    return [stream for stream in joined if all(map(plain, stream.channels))]
 
 
 def stream_placements(network: Network, found: Passages, stream: Stream, form: Form) -> dict[fx.Node, Placement]:

@@ -11,7 +11,8 @@ from torch import Tensor, fx
 from bar_edge.errors import InputError
 from bar_edge.methods.layout import GateLayout
 from bar_edge.network.channels import Passage, is_whole
-from bar_edge.network.cost import units
+from bar_edge.network.cost import prunable, units
+from bar_edge.network.trace import source_line
 from bar_edge.records import Budget, ChannelPlan, Metric
 
 
@@ -25,11 +26,13 @@ def budget_limit(layout: GateLayout, budget: Budget) -> float:
             remedy="`bar-edge profile` writes one for --table; `deploy` profiles this machine by itself",
         )
     if not layout.size:
+        lacks = [f"{name}: {reason or 'left alone by --keep'}" for name, reason in prunable(layout.network).items()]
+        operators = [f"{n.target} at {source_line(n)}" for n in layout.network.nodes if n.op == "call_function"]
         raise InputError(
             "a network with a convolution whose channels can be pruned",
-            got="none",
+            got="; ".join(lacks[:5]) or f"no convolution or linear layer, only {'; '.join(operators[:5])}",
             consequence="there is nothing to prune",
-            remedy="see `bar-edge inspect` for what each layer lacks",
+            remedy="see `bar-edge inspect` for every layer and operator",
         )
     full = layout.cost({}, budget.metric)
     if not full:

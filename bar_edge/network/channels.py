@@ -48,7 +48,7 @@ class Passage:
         norm     a map that takes statistics over the channels of its input
         add      a channel exists if it does in one of the inputs
         mul      a channel exists if it does in all of the inputs (products and quotients)
-        spread   moved elements without an axis for their channels; links, numbers: where they come from
+        spread   moved elements without an axis for their channels; links: where they come from
         opaque   no rule: inputs at full width, the result always there
     axis, width: where the channels lie and how many the dense network has. keeps_zero: a channel of zeros
     stays zero. groups: of a read, equal runs of inputs that feed equal runs of outputs.
@@ -60,7 +60,6 @@ class Passage:
     links: tuple[Link, ...] = ()
     keeps_zero: bool = True
     groups: int = 1
-    numbers: Tensor | None = None
 
 
 Passages = dict[fx.Node, Passage]
@@ -140,6 +139,15 @@ def element_numbers(network: Network, node: fx.Node, numbers: Tensor) -> Tensor:
     """Return what a movement makes of the numbers of its input's elements."""
     constants = {n.name: attribute(network, n).cpu() for n in node.all_input_nodes if is_constant(n)}
     return moved(node, numbers, network.sizes, constants)
+
+
+def numbers_from(network: Network, base: fx.Node, node: fx.Node) -> Tensor:
+    """Return what the movements between two nodes make of the numbers of the first one's elements."""
+    if node is base:
+        return numbered(network.shapes[base.name])
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return element_numbers(network, node, numbers_from(network, base, source))
 
 
 def _tensors(network: Network, node: fx.Node) -> list[fx.Node]:
@@ -437,26 +445,26 @@ def _movement(network: Network, node: fx.Node, found: Passages) -> Passage | Non
         return None
     if is_whole(found[source]):
         return _whole(network, node)
-    spread = found[source].numbers
-    base = source if spread is None else found[source].links[0].source
+    spread = found[source].kind == "spread"
+    base = found[source].links[0].source if spread else source
     shape, axis = network.shapes[base.name], found[base].axis
-    numbers = element_numbers(network, node, numbered(shape) if spread is None else spread)
+    numbers = numbers_from(network, base, node)
     axes = sorted(range(1, numbers.ndim), key=lambda i: (i != axis, i != 1, i != numbers.ndim - 1))
     singles = [(i, old) for i in axes if (old := one_to_one(numbers, shape, axis, i)) is not None]
     moves_on = bool(node.users) and all(user.target in MOVEMENTS | COPIES for user in node.users)
-    if shape[axis] == 1 and singles and spread is None:
+    if shape[axis] == 1 and singles and not spread:
         singles, moves_on = _where_one_lies(network, node, shape, axis, singles)
     for new_axis, old in sorted(singles, key=lambda single: len(torch.unique(single[1])) == 1):
         same = new_axis == axis and numbers.ndim == len(shape)
         same = same and torch.equal(numbered(shape).index_select(axis, old), numbers)
-        if same or spread is None:
+        if same or not spread:
             link = Link(base, old, torch.arange(len(old)))
             return Passage("pick" if same else "map", new_axis, len(old), (link,))
     if moves_on:
         every = torch.arange(found[base].width)
-        return Passage("spread", 1, found[base].width, (Link(base, every, every),), numbers=numbers)
+        return Passage("spread", 1, found[base].width, (Link(base, every, every),))
     pairs = [(i, sets) for i in axes if (sets := many_to_one(numbers, shape, axis, i)) is not None]
-    if not pairs or spread is not None:
+    if not pairs or spread:
         return None
     new_axis, sets = pairs[0]
     return Passage("map", new_axis, numbers.shape[new_axis], (Link(base, *sets),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ MOVEMENTS = {
     aten.permute.default,
     aten.transpose.int,
     aten.t.default,
+    aten.mT.default,
     aten.movedim.int,
     aten.movedim.intlist,
     aten.squeeze.default,
@@ -28,6 +30,7 @@ MOVEMENTS = {
     aten.select.int,
     aten.narrow.default,
     aten.index_select.default,
+    aten.index.Tensor,
     aten.expand.default,
     aten.repeat.default,
     aten.tile.default,
@@ -48,9 +51,14 @@ SHAPELESS = {aten.flatten.using_ints, aten.squeeze.default, aten.squeeze.dim, at
 RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default}
 
 
+#: elements whose numbers are looked at together: what is held beside the numbers themselves stays small
+CHUNK = 1 << 14
+
+
 def numbered(shape: tuple[int, ...]) -> Tensor:
-    """Return a tensor of a shape that numbers its elements 0, 1, 2, ..."""
-    return torch.arange(torch.Size(shape).numel()).view(shape)
+    """Return a tensor of a shape that numbers its elements 0, 1, 2, ..., in 32 bits where they suffice."""
+    n = torch.Size(shape).numel()
+    return torch.arange(n, dtype=torch.int32 if n < 2**31 else torch.int64).view(shape)
 
 
 def moved(node: fx.Node, numbers: Tensor, sizes: dict[str, Any], constants: dict[str, Tensor]) -> Tensor:
@@ -66,7 +74,14 @@ def moved(node: fx.Node, numbers: Tensor, sizes: dict[str, Any], constants: dict
     return result
 
 
-def labels(numbers: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
+def _rows(numbers: Tensor, axis: int) -> Iterator[Tensor]:
+    """Yield the numbers at every index of an axis as rows, some indices at a time."""
+    rows = numbers.movedim(axis, 0)
+    step = max(1, CHUNK * len(rows) // max(1, numbers.numel()))
+    return (rows[i : i + step].flatten(1) for i in range(0, len(rows), step))
+
+
+def _labels(numbers: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
     """Return of which channel (index along `axis` of a tensor of that shape) every numbered element is."""
     inner = torch.Size(shape[axis + 1 :]).numel()
     return (numbers // inner) % shape[axis]
@@ -78,18 +93,25 @@ def one_to_one(numbers: Tensor, shape: tuple[int, ...], axis: int, new_axis: int
     numbers: the moved numbers of a tensor of `shape` with channels along `axis`. An axis that the batch
     is part of holds no channels.
     """
-    rows = numbers.movedim(new_axis, 0).flatten(1)
-    old = labels(rows, shape, axis)
-    if not bool((old == old[:, :1]).all()):
+    some = tuple(slice(None) if i == new_axis else slice(2) for i in range(numbers.ndim))
+    corner = _labels(numbers[some].movedim(new_axis, 0).flatten(1), shape, axis)
+    if bool((corner != corner[:, :1]).any()):  # most axes without channels fail here already
         return None
-    batch = rows // torch.Size(shape[1:]).numel()
-    return None if bool((batch.amin(1) == batch.amax(1)).any()) else old[:, 0]
+    image = torch.Size(shape[1:]).numel()
+    for rows in _rows(numbers, new_axis):
+        batch, found = rows // image, _labels(rows, shape, axis)
+        if bool((found != found[:, :1]).any()) or bool((batch.amin(1) == batch.amax(1)).any()):
+            return None
+    return corner[:, 0].long()
 
 
 def many_to_one(numbers: Tensor, shape: tuple[int, ...], axis: int, new_axis: int) -> tuple[Tensor, Tensor] | None:
     """Return the pairs (old channel, new channel), None if two new channels share an old one."""
-    old = labels(numbers.movedim(new_axis, 0).flatten(1), shape, axis)
-    table = torch.zeros(shape[axis], len(old), dtype=torch.bool)
-    table[old, torch.arange(len(old)).unsqueeze(1).expand_as(old)] = True
-    inputs, outputs = table.nonzero(as_tuple=True)
-    return None if bool((table.sum(1) > 1).any()) else (inputs, outputs)
+    table = torch.cat(
+        [
+            torch.zeros(len(rows), shape[axis], dtype=torch.bool).scatter_(1, _labels(rows, shape, axis).long(), True)
+            for rows in _rows(numbers, new_axis)
+        ]
+    )
+    inputs, outputs = table.t().nonzero(as_tuple=True)
+    return None if bool((table.sum(0) > 1).any()) else (inputs, outputs)

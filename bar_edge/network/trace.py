@@ -18,8 +18,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from bar_edge.errors import InputError
+from bar_edge.network.batch import mixing_node
+from bar_edge.network.channels import numbers_from
 from bar_edge.network.codec import attach
-from bar_edge.network.movement import COPIES, MOVEMENTS, moved, numbered
+from bar_edge.network.movement import COPIES, MOVEMENTS, numbered
 from bar_edge.network.network import Network, structure_of
 
 aten = torch.ops.aten
@@ -29,7 +31,8 @@ def trace(module: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Net
     """Return the module as a Network with copies of its weights; the module itself is left as it was.
 
     example_inputs: one tensor or a tuple, (N, ...) each; only their shapes without N count.
-    Raises InputError if torch.export does not accept the module or N cannot be left free.
+    Raises InputError if torch.export does not accept the module, N cannot be left free, numbers are complex or
+    an image's answer depends on the others of its batch.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     program = _export(module, inputs)
@@ -42,6 +45,9 @@ def trace(module: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Net
     network = Network(body, shapes, structure)
     if _name_pixel_shuffles(network):
         network = Network(body, shapes, structure)
+    mixing = mixing_node(network.eval())
+    if mixing is not None:
+        raise _mixed_batch(f"{mixing.target} over the batch at {source_line(mixing)}")
     return network.train(module.training)
 
 
@@ -60,8 +66,8 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.Expor
             warnings.simplefilter("ignore")
             free: tuple[Any, ...] = tuple({0: torch.export.Dim.AUTO} for _ in pair)
             kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
-            if inspect.Parameter.VAR_POSITIONAL in kinds:
-                named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+            named = [*kinds, inspect.Parameter.VAR_POSITIONAL].index(inspect.Parameter.VAR_POSITIONAL)
+            if named < min(len(kinds), len(free)):
                 free = (*free[:named], free[named:])
             program = torch.export.export(module, pair, dynamic_shapes=free, strict=False)
     except Exception as error:  # torch.export raises many kinds; all mean that this module cannot be traced
@@ -100,12 +106,16 @@ def _check_outputs(program: torch.export.ExportedProgram) -> None:
     for name in program.graph_signature.user_outputs:
         value = nodes[name].meta.get("val") if name in nodes else None
         if isinstance(value, Tensor) and any(_is_free(n) for n in value.shape) and str(value.shape[0]) != str(batch):
-            raise InputError(
-                "a network that treats every image of a batch alone",
-                got=f"an output of shape {tuple(value.shape)}, made at {source_line(nodes[name])}",
-                consequence="its answers could not be told apart by image",
-                remedy="keep the batch as the first axis: x.flatten(1)",
-            )
+            raise _mixed_batch(f"an output of shape {tuple(value.shape)}, made at {source_line(nodes[name])}")
+
+
+def _mixed_batch(got: str) -> InputError:
+    return InputError(
+        "a network that treats every image of a batch alone",
+        got=got,
+        consequence="its answer for an image would depend on the others, or be lost among theirs",
+        remedy="keep the batch as the first axis (x.flatten(1)) and reduce over the others (x.mean((1, 2, 3)))",
+    )
 
 
 def _users_line(error: BaseException) -> str:
@@ -142,12 +152,7 @@ def _check_node(node: fx.Node) -> None:
     before = source.meta.get("val") if isinstance(source, fx.Node) else None
     batched = isinstance(before, Tensor) and before.ndim > 1 and _is_free(before.shape[0])
     if node.op == "call_function" and batched and _across_batch(node, before.ndim):  # type: ignore[union-attr]
-        raise InputError(
-            "a network that treats every image of a batch alone",
-            got=f"{node.target} over the batch at {source_line(node)}",
-            consequence="its answer for an image would depend on the others",
-            remedy="reduce over the other axes only: x.mean((1, 2, 3), keepdim=True)",
-        )
+        raise _mixed_batch(f"{node.target} over the batch at {source_line(node)}")
 
 
 def _is_free(size: Any) -> bool:
@@ -171,7 +176,7 @@ def _name_pixel_shuffles(network: Network) -> bool:
         sizes = shape[1] * factor**2 == before[1] if up else before[1] * factor**2 == shape[1]
         if factor < 2 or not sizes or before[2:] == shape[2:]:
             continue
-        if torch.equal(operator_(numbered(before), factor), _moved_from(network, base, node)):
+        if torch.equal(operator_(numbered(before), factor), numbers_from(network, base, node)):
             with network.body.graph.inserting_before(node):
                 named = network.body.graph.call_function(operator_, (base, factor))
             named.meta |= node.meta
@@ -189,15 +194,6 @@ def _before_views(network: Network, node: fx.Node) -> fx.Node | None:
         if len(network.shapes.get(node.name, ())) <= 4:
             return node if node.name in network.shapes and node.op != "get_attr" else None
     return None
-
-
-def _moved_from(network: Network, base: fx.Node, node: fx.Node) -> Tensor:
-    """Return what the movements between two nodes make of the numbers of the first one's elements."""
-    if node is base:
-        return numbered(network.shapes[base.name])
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return moved(node, _moved_from(network, base, source), network.sizes, {})
 
 
 def _across_batch(node: fx.Node, rank: int) -> bool:
@@ -316,15 +312,17 @@ class _Builder:
             dim, shape = int(_arguments(node)["dim"]), node.meta["val"].shape
             parts = [self.graph.call_function(aten.unsqueeze.default, (self._map(p), dim)) for p in node.args[0]]  # type: ignore[union-attr]
             return self.graph.call_function(aten.cat.default, (parts, dim % len(shape)))
-        if _is_whole_slice(node):
+        if target is aten.lift_fresh_copy.default or _is_whole_slice(node):
             return self._node(node.args[0])  # type: ignore[arg-type]
         if target is aten.select.int:
             return self._select(self._map(node.args[0]), node.args[0].meta["val"].shape, node.args[1], node.args[2])  # type: ignore[union-attr]
         if _is_flatten(node):
             return self.graph.call_function(aten.flatten.using_ints, (self._map(node.args[0]), 1))
-        if target is aten.expand_as.default and node.args[0].meta["val"].ndim == node.meta["val"].ndim:  # type: ignore[union-attr]
-            shape = [-1, *node.meta["val"].shape[1:]]
-            return self.graph.call_function(aten.expand.default, (self._map(node.args[0]), shape))
+        if target in _AS:
+            before, after = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
+            fits = len(before) == len(after) or target is not aten.expand_as.default
+            if fits and all(isinstance(n, int) for n in after[1:]):
+                return self.graph.call_function(_AS[target], (self._map(node.args[0]), [-1, *after[1:]]))
         return self.graph.call_function(target, self._map(node.args), self._map(node.kwargs))
 
     def _select(self, x: fx.Node, shape: tuple[Any, ...], dim: Any, index: Any) -> fx.Node:
@@ -605,6 +603,12 @@ def _out_of_place(target: Any) -> tuple[Any, bool]:
     return twin, True
 
 
+#: operators that take a shape from another tensor, and those that are told it
+_AS: dict[object, Any] = {
+    aten.view_as.default: aten.reshape.default,
+    aten.reshape_as.default: aten.reshape.default,
+    aten.expand_as.default: aten.expand.default,
+}
 _PIECES: set[object] = {
     aten.chunk.default,
     aten.split.Tensor,

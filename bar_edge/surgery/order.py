@@ -6,6 +6,7 @@ slices and additions instead of one per channel.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import torch
@@ -53,18 +54,69 @@ def streams(found: Passages) -> dict[fx.Node, fx.Node]:
     return {node: root(node) for node in found}
 
 
-def first_write_ranks(found: Passages, held: Held) -> dict[fx.Node, Tensor]:
-    """Return for every tensor the rank (width,) of its channels in its stream, in the order of `stream_order`.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stream:
+    """The tensors that sums, products and per-channel operators join, in graph order.
 
-    Channels that nobody wrote come last. All tensors of a stream share one tensor of ranks.
+    channels: for every tensor, which of the `width` channels of the whole stream it holds, in its own order.
+    Channels that meet are one channel; they are numbered by first appearance.
     """
+
+    width: int
+    channels: dict[fx.Node, tuple[int, ...]]
+
+
+def joined_streams(found: Passages) -> list[Stream]:
+    """Return the streams in which tensors meet, in graph order."""
     stream = streams(found)
-    writes: dict[fx.Node, list[Tensor]] = {}
+    meet = {stream[node] for node, passage in found.items() if passage.kind in ("add", "mul")}
+    parent: list[int] = []
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    own: dict[fx.Node, list[int]] = {}
     for node, passage in found.items():
-        if not joins(passage) and found[stream[node]].width == passage.width:
-            writes.setdefault(stream[node], []).append(held[node])
-    ranks = {root: torch.argsort(stream_order(torch.stack(masks))) for root, masks in writes.items()}
-    return {node: ranks[stream[node]] for node in found if stream[node] in ranks}
+        if stream[node] not in meet:
+            continue
+        if is_identity(passage) and passage.width == found[passage.links[0].source].width:
+            own[node] = own[passage.links[0].source]
+            continue
+        start = len(parent)
+        parent += range(start, start + passage.width)
+        own[node] = list(range(start, start + passage.width))
+        for link in passage.links if joins(passage) else ():
+            if stream[link.source] is stream[node]:
+                for i, o in zip(link.inputs.tolist(), link.outputs.tolist(), strict=True):
+                    a, b = root(own[link.source][i]), root(start + o)
+                    parent[max(a, b)] = min(a, b)
+    number: dict[fx.Node, dict[int, int]] = {}
+    channels: dict[fx.Node, dict[fx.Node, tuple[int, ...]]] = {}
+    for node, ids in own.items():
+        numbers = number.setdefault(stream[node], {})
+        numbered = tuple(numbers.setdefault(root(i), len(numbers)) for i in ids)
+        channels.setdefault(stream[node], {})[node] = numbered
+    return [Stream(len(number[first]), tensors) for first, tensors in channels.items()]
+
+
+def first_write_ranks(found: Passages, held: Held) -> dict[fx.Node, Tensor]:
+    """Return for every tensor of a stream the ranks (width,) of its channels in the order of `stream_order`.
+
+    Channels that nobody wrote come last. What is not in the result lies in the order of its numbers.
+    """
+    ranks: dict[fx.Node, Tensor] = {}
+    for stream in joined_streams(found):
+        places = {node: torch.tensor(channels) for node, channels in stream.channels.items()}
+        writers = [node for node in places if not joins(found[node])]
+        writes = torch.zeros(len(writers), stream.width, dtype=torch.bool)
+        for mask, node in zip(writes, writers, strict=True):
+            mask[places[node][held[node]]] = True
+        rank = torch.argsort(stream_order(writes))
+        ranks |= {node: rank[place] for node, place in places.items()}
+    return ranks
 
 
 def stream_order(writes: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from bar_edge.network.channels import (
     called_again,
     element_numbers,
     is_constant,
-    is_depthwise,
     is_whole,
     parameter_axis,
     passages,
@@ -57,9 +56,7 @@ class _Slicer:
 
     def __init__(self, network: Network, found: Passages, held: dict[fx.Node, Tensor]) -> None:
         self.network, self.found, self.held = network, found, held
-        ranks = first_write_ranks(found, held)
-        # a MixedAdd, of a network that was sliced before, joins streams of other widths
-        self.ranks = {node: rank for node, rank in ranks.items() if len(rank) == found[node].width}
+        self.ranks = first_write_ranks(found, held)
         self.again = called_again(network)
         self.root, self.graph = nn.Module(), fx.Graph()
         self.made: dict[fx.Node, fx.Node] = {}
@@ -157,12 +154,9 @@ class _Slicer:
             calls = self._calls(node)
             if len(calls) > 1:  # one module for all calls: the union of their channels
                 outs = torch.stack([self.held[call] for call in calls]).any(0).nonzero().flatten()
-                ins = outs
-            if is_depthwise(module):  # inputs repeated where a filter's siblings are gone
-                ins = link.inputs[outs]
-                unique = torch.unique(ins)
-                if len(unique) * (passage.width // self.found[link.source].width) == len(outs):
-                    ins, outs = unique, torch.cat([link.outputs[link.inputs == i] for i in unique])
+                ins = torch.unique(link.inputs[outs])
+            if len(ins) * (passage.width // self.found[link.source].width) > len(outs):
+                ins = link.inputs[outs]  # of a depthwise filter whose siblings are gone: repeated
             self._attach(node, _slice_alone(module, outs, len(ins)))
             read = self._laid_out(link.source, ins)
             self.made[node] = self.graph.call_module(str(node.target), (read,))
@@ -182,12 +176,10 @@ class _Slicer:
         for inputs, outputs in ((ins, outs), (ins.sort().values, outs.sort().values)):
             args = self._resized(node, axis, len(outputs))
             try:
-                got = _applied(node, dense.index_select(base, inputs), args, self.network)
+                got = _applied(node, _some(dense, base, inputs), args, self.network)
             except RuntimeError:  # sizes that do not divide any more
                 continue
-            if got.shape == target.index_select(axis, outputs).shape and torch.equal(
-                got, target.index_select(axis, outputs)
-            ):
+            if torch.equal(got, _some(target, axis, outputs)):
                 read = self._laid_out(source, inputs)
                 given = {n: read if n is source else self._full(n) for n in node.all_input_nodes}
                 args = fx.map_arg(args, given.__getitem__)
