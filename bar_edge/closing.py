@@ -35,16 +35,17 @@ def close_loop(
     rounds: list[Round] = read_json(file)["rounds"] if file.is_file() else []
     if rounds:  # what came after the last measurement is half done
         _restore(folder, rounds, run)
-    limit: float | None = None
+    limit: float | None = run.limit
     while not rounds or (len(rounds) <= ROUNDS and (limit := next_limit(run, rounds)) is not None):
-        if limit is not None:
+        if rounds and limit is not None:
             run.progress.note(f"measured {rounds[-1]['measured']:.3f} ms: again for {limit:.3f} by the table")
             correct(run, limit)
         exported = export()
         if not exported["bytes"]:
             break
         by_table = read_json(run.out / "result.json")["budget"]["achieved"]
-        rounds.append({"by_table": by_table, "measured": measure(exported["artifact"]), "export": exported})
+        measured = measure(exported["artifact"])
+        rounds.append({"limit": limit, "by_table": by_table, "measured": measured, "export": exported})
         kept = f"round-{best(rounds, run.limit)}"
         if kept == f"round-{len(rounds) - 1}":
             _copy(run.out, folder / ".round")
@@ -84,7 +85,7 @@ def next_limit(run: Run, rounds: list[Round]) -> float | None:
         nearest = below or above or rounds[-1]
         limit = nearest["by_table"] * aim / nearest["measured"]
     limit = min(max(limit, smallest_cost(run.layout, "ms")), run.layout.cost({}, "ms"))
-    return None if any(abs(found["by_table"] / limit - 1) < 1e-3 for found in rounds) else limit
+    return None if any(abs(found["limit"] / limit - 1) < 1e-3 for found in rounds) else limit
 
 
 def correct(run: Run, limit: float) -> None:
