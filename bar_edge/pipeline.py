@@ -15,6 +15,7 @@ import torch
 from bar_edge import targets
 from bar_edge.bench import bench_onnx, compare, load_measurement, meets, runtimes_here, save_measurement, summary
 from bar_edge.choice import choose_lowering
+from bar_edge.closing import close_loop, judge
 from bar_edge.config import RunConfig, read_toml, run_config
 from bar_edge.errors import InputError
 from bar_edge.export.artifact import ArtifactSpec, write_artifact
@@ -36,8 +37,6 @@ from bar_edge.surgery import slice_network
 from bar_edge.table import LatencyTable
 from bar_edge.training import NoProgress, Progress, load_task
 
-#: how often `deploy` corrects a network that misses its budget in ms, and the share of the budget it then aims at
-ROUNDS, SPARE = 3, 0.98
 SAMPLES = 8
 
 
@@ -70,6 +69,7 @@ def profile(
     input_shape: tuple[int, ...] | None = None,
     runtime: str = "onnxruntime-cpu",
     threads: int = 1,
+    lowering: str = "auto",
     on: str = "local",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -82,7 +82,8 @@ def profile(
         raise InputError(
             "a place for the table", got=f"{out.name}: {error.strerror}", remedy="choose another"
         ) from error
-    table = profile_network(network, out, model=model, runtime=runtime, threads=threads, on=on, progress=progress)
+    options: dict[str, Any] = {"runtime": runtime, "threads": threads, "lowering": lowering, "on": on}
+    table = profile_network(network, out, model=model, **options, progress=progress)
     plot_table(table, out.with_suffix(".svg"))
     layout = GateLayout(network, table=table)
     return {
@@ -105,10 +106,24 @@ def with_table(
     resume: bool,
     runtime: str = "onnxruntime-cpu",
     threads: int = 1,
+    lowering: str = "auto",
     progress: Progress | None = None,
 ) -> RunConfig:
-    """Return the configuration with a latency table if its budget is in ms: without one, this machine is profiled."""
-    if Budget.parse(config.budget).metric != "ms" or config.table:
+    """Return the configuration with a latency table if its budget is in ms: without one, this machine is profiled.
+
+    Raises InputError for a table of another lowering.
+    """
+    if Budget.parse(config.budget).metric != "ms":
+        return config
+    if config.table:
+        priced = LatencyTable.load(Path(config.table)).lowering
+        if lowering not in ("auto", priced):
+            raise InputError(
+                f"--lowering {priced}, which the table prices",
+                got=lowering,
+                consequence="nothing was started",
+                remedy="leave it away, or `bar-edge profile` with that lowering",
+            )
         return config
     check_folder(out, resume)
     file = out / "latency-table.json"
@@ -121,6 +136,7 @@ def with_table(
             input_shape=tuple(source.input_shape),
             runtime=runtime,
             threads=threads,
+            lowering=lowering,
             progress=progress,
         )
     return dataclasses.replace(config, table=str(file))
@@ -358,13 +374,15 @@ def deploy(
 ) -> dict[str, Any]:
     """Prune, export and bench; the verdict is yes if each of them says yes.
 
-    A budget in ms to train for is met by the table, then measured, and corrected on a miss, `ROUNDS` times at most.
+    A budget in ms to train for is met by the table first, then by measuring and pruning again (closing.py).
     """
-    config = with_table(config, out, resume=resume, runtime=runtime, threads=threads, progress=progress)
     in_ms = Budget.parse(config.budget).metric == "ms"
-    if in_ms and lowering == "auto":
+    if in_ms:
+        config = with_table(
+            config, out, resume=resume, runtime=runtime, threads=threads, lowering=lowering, progress=progress
+        )
         lowering = LatencyTable.load(Path(config.table or "")).lowering
-    pruned = prune(config, out, resume=resume, progress=progress)
+    prune(config, out, resume=resume, progress=progress)
 
     def export() -> dict[str, Any]:
         return export_run(
@@ -378,74 +396,28 @@ def deploy(
             progress=progress,
         )
 
-    exported = export()
+    def measure(artifact: str, budget: str | None = None) -> dict[str, Any]:
+        return bench(Path(artifact), runtime=runtime, threads=threads, seconds=seconds, budget=budget)
+
     measured: dict[str, Any] = {"verdict": None}
-    if exported["bytes"]:
-        artifact = Path(exported["artifact"])
-        options: dict[str, Any] = {"runtime": runtime, "threads": threads, "seconds": seconds}
-        if in_ms:
-            run, rounds = Run(config, out, True, progress or NoProgress()), [bench(artifact, **options)]
-            while not met(rounds[-1], run.budget) and len(rounds) <= ROUNDS:
-                correct(run, rounds[-1])
-                exported = export()
-                rounds.append(bench(artifact, **options))
-            measured = judge(out, artifact, config.budget, rounds, options)
-            pruned = read_json(out / "result.json")
-        else:
-            measured = bench(artifact, **options, budget=latency_budget)
+    if in_ms:
+        run = Run(config, out, True, progress or NoProgress())
+        exported, rounds = close_loop(run, export, lambda path: float(measure(path)["percentiles_ms"]["p50"]))
+        if rounds:
+            measured = judge(run, rounds, lambda: measure(exported["artifact"]))
+    else:
+        exported = export()
+        if exported["bytes"]:
+            measured = measure(exported["artifact"], latency_budget)
     report = write_report(out)
-    verdicts = [pruned["verdict"], exported["verdict"], measured["verdict"]]
+    pruned = read_json(out / "result.json")
     return {
-        "verdict": False not in verdicts,
-        "prune": read_json(out / "result.json"),
+        "verdict": False not in (pruned["verdict"], exported["verdict"], measured["verdict"]),
+        "prune": pruned,
         "export": exported,
         "bench": measured,
         "report": str(report),
     }
-
-
-def met(measured: dict[str, Any], budget: Budget) -> bool:
-    """Tell whether a measurement's median is within a budget in ms, with a little to spare for the verdict."""
-    return bool(measured["percentiles_ms"]["p50"] <= SPARE * (budget.absolute or 0))
-
-
-def correct(run: Run, measured: dict[str, Any]) -> None:
-    """Prune a RUN further, by as much as the measurement missed the budget; writes network, plan and result."""
-    result = read_json(run.out / "result.json")
-    ratio = run.limit / measured["percentiles_ms"]["p50"]
-    limit = SPARE * ratio * min(run.limit, result["budget"]["achieved"])
-    least = smallest_cost(run.layout, "ms")
-    run.progress.note(f"measured {run.limit / ratio:.3f} ms for {run.limit:g} ms: again with {limit:.3f} by the table")
-    dense = run.dense()
-    sliced, plan, forced = run.corrected(max(limit, least))
-    run.end = result["end_of_pruning"]
-    run.result(dense, sliced, plan, forced)
-
-
-def judge(
-    out: Path, artifact: Path, budget: str, rounds: list[dict[str, Any]], options: dict[str, Any]
-) -> dict[str, Any]:
-    """Measure an artifact in three fresh processes; the median of their medians is the verdict, in result.json too."""
-    limit = Budget.parse(budget).absolute or 0.0
-    fresh = [bench(artifact, **options) for _ in range(3)]
-    medians = [found["percentiles_ms"]["p50"] for found in fresh]
-    median = sorted(medians)[1]
-    result = read_json(out / "result.json")
-    by_table = result["budget"]["achieved"]
-    within = median <= limit and all(found["verdict"] is not False for found in fresh)
-    result["budget"] |= {"achieved": median, "within": within, "basis": "measured", "by_table": by_table}
-    result["budget"]["rounds_ms"] = [found["percentiles_ms"]["p50"] for found in rounds]
-    result["budget"]["verdict_ms"] = medians
-    kept = result["max_drop"] is None or _drop(result) * 100 <= result["max_drop"]
-    result["verdict"] = within and kept and result["parity"]["masked_vs_sliced"] <= PARITY_LIMIT
-    write_json(out / "result.json", result)
-    return {**fresh[medians.index(median)], "verdict": within, "rounds": len(rounds), "medians_ms": medians}
-
-
-def _drop(result: dict[str, Any]) -> float:
-    """Return by how much the metric got worse."""
-    drop: float = result["dense"]["metric"] - result["sliced"]["metric"]
-    return drop if result["metric"]["higher_is_better"] else -drop
 
 
 def doctor() -> dict[str, Any]:

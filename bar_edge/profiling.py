@@ -25,8 +25,8 @@ from bar_edge.surgery import slice_network
 from bar_edge.table import Kind, LatencyTable
 from bar_edge.training import NoProgress, Progress
 
-#: shares of the volume of the random plans to which a table is fitted
-SHARES = (0.7, 0.5, 0.35, 0.25, 0.15, 0.08)
+#: shares of the volume of the random plans to which a table is fitted, the whole network among them
+SHARES = (1.0, 0.6, 0.4, 0.25, 0.15, 0.08)
 CHECK_S = 1.0
 
 
@@ -37,16 +37,20 @@ def profile_network(
     model: str,
     runtime: str = "onnxruntime-cpu",
     threads: int = 1,
+    lowering: str = "auto",
     on: str = "local",
     progress: Progress | None = None,
 ) -> LatencyTable:
     """Measure the network's operations, then a few random plans of it as whole files; write and return the table.
 
-    What was measured before a stop is not measured again. Raises what `bench_onnx` raises.
+    lowering: form of the additions in whole networks; auto is the runtime's most promising. What was measured
+    before a stop is not measured again. Raises what `bench_onnx` raises.
     """
     if (runtime, "fp32") not in CANDIDATES:
         known = ", ".join(name for name, precision in CANDIDATES if precision == "fp32")
         raise InputError(f"a runtime out of: {known}", got=runtime, consequence="nothing was measured")
+    lowering = CANDIDATES[runtime, "fp32"][0] if lowering == "auto" else lowering
+    rounding = max(4, Form.parse(lowering).rounding)
     progress = progress or NoProgress()
     largest = largest_widths(network)
     progress.phase("profile", 1, 0)
@@ -59,10 +63,9 @@ def profile_network(
     )
     lines = _lines(prober, largest)
     prices = prober.prices(largest)
-    lowering = CANDIDATES[runtime, "fp32"][0]
     table = LatencyTable(
         lowering=lowering,
-        rounding=max(4, Form.parse(lowering).rounding),
+        rounding=rounding,
         step=find_step(lines) if lines else 4,
         prices=prices,
         lines=tuple(lines),

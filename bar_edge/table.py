@@ -24,6 +24,8 @@ WIDTHS = {
     "each": ("channels",),
     "handover": ("channels",),
     "add": ("addend", "sum"),
+    "sum": ("channels",),
+    "pad": ("channels",),
 }
 
 
@@ -36,6 +38,8 @@ class Kind:
     each      anything else that goes over a tensor once: activations, pooling, concatenation
     handover  from one convolution to the next: what the layout of narrow tensors costs
     add       an addition of a convolution's output to a stream that has more channels
+    sum       an addition of the same channels, behind one that was not; in a stream without any it costs nothing
+    pad       channels of zeros put behind those of a tensor
     """
 
     op: str

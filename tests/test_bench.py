@@ -33,7 +33,7 @@ from bar_edge.bench import (
     save_measurement,
     summary,
 )
-from bar_edge.bench.runner import MIN_RUNS, interleave, read_safetensors, warm_up
+from bar_edge.bench.runner import BURST, MIN_RUNS, UNTIMED, interleave, read_safetensors, warm_up
 from bar_edge.errors import EnvironmentLacks, InputError
 from bar_edge.records import Budget
 
@@ -145,13 +145,14 @@ def test_what_runs_on_the_device_is_old_python_and_imports_little() -> None:
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
-def test_rounds_run_every_file_once_in_an_order_that_changes() -> None:
+def test_rounds_run_every_file_in_a_row_in_an_order_that_changes() -> None:
     log: list[int] = []
     samples, _ = interleave([lambda: log.append(0), lambda: log.append(1)], 0.01, random.Random(0))
-    rounds = [tuple(log[i : i + 2]) for i in range(0, len(log), 2)]
-    assert set(rounds) == {(0, 1), (1, 0)}
-    assert abs(np.mean([r == (0, 1) for r in rounds]) - 0.5) < 0.2  # at least hundreds of rounds in 10 ms
-    assert [len(s) for s in samples] == [len(rounds)] * 2
+    rounds = [tuple(log[i : i + 2 * BURST]) for i in range(0, len(log), 2 * BURST)]
+    rows = (0,) * BURST, (1,) * BURST
+    assert set(rounds) == {rows[0] + rows[1], rows[1] + rows[0]}
+    assert abs(np.mean([r[0] == 0 for r in rounds]) - 0.5) < 0.25  # at least a hundred rounds in 10 ms
+    assert [len(s) for s in samples] == [len(rounds) * (BURST - UNTIMED)] * 2  # the first of a row are not timed
     (wall,), (cpu,) = interleave([lambda: time.sleep(0.01)], 1e-9, random.Random(0))
     assert len(wall) == len(cpu) == MIN_RUNS
     assert min(wall) >= 10 > 5 > max(cpu)  # asleep for 10 ms, and computing for almost none of them

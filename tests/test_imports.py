@@ -21,7 +21,7 @@ LAYERS = [
     ["bar_edge.methods", "bar_edge.surgery"],
     ["bar_edge.training", "bar_edge.export", "bar_edge.bench"],
     ["bar_edge.report", "bar_edge.specs", "bar_edge.preflight", "bar_edge.run", "bar_edge.choice", "bar_edge.targets"],
-    ["bar_edge.profiling"],
+    ["bar_edge.profiling", "bar_edge.closing"],
     ["bar_edge.pipeline"],
     ["bar_edge_cli"],
 ]

@@ -16,6 +16,7 @@ from bar_edge.models import build
 from bar_edge.network import Network, trace
 from bar_edge.network.channels import passages
 from bar_edge.network.latency import LatencyCounter, largest_widths, operations
+from bar_edge.network.liveness import held_channels
 from bar_edge.profiling import fit
 from bar_edge.records import Budget
 from bar_edge.table import Kind, LatencyTable, Prices, knots
@@ -84,6 +85,8 @@ def test_every_convolution_is_priced_once(network: Network) -> None:
     convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
     assert sum(kind.op == "conv" for kind in kinds) == len(convolutions)
     assert sum(kind.op == "add" for kind in kinds) == 9
+    assert sum(kind.op == "sum" for kind in kinds) == 6  # not where a stream begins
+    assert sum(kind.op == "pad" for kind in kinds) == 18
     assert not any(kind.op == "norm" for kind in kinds)  # all part of the convolutions before them
     assert sum(kind.op == "each" for kind in kinds) == 10  # the activation behind each addition, and the pooling
 
@@ -98,7 +101,7 @@ def test_widths_cost_as_the_hardware_takes_them(network: Network, table: Latency
 
 def first(network: Network) -> str:
     """The first layer inside a residual block."""
-    return next(name for name, _ in GateLayout(network).offsets.items() if name.endswith("conv1"))
+    return next(name for name, _ in GateLayout(network).offsets.items() if name.endswith(".conv1"))
 
 
 def test_hard_is_the_count_where_nothing_dies(network: Network, table: LatencyTable) -> None:
@@ -107,17 +110,26 @@ def test_hard_is_the_count_where_nothing_dies(network: Network, table: LatencyTa
     cost = gate_cost(layout, "ms")
     assert isinstance(cost, LatencyCost)
     assert cost.hard(opened_by(layout, kept)) == pytest.approx(layout.cost(kept, "ms"), rel=1e-12)
-    assert cost.full == pytest.approx(layout.cost({}, "ms"), rel=1e-12)
+    assert cost.hard(torch.ones(layout.size, dtype=torch.bool)) == pytest.approx(layout.cost({}, "ms"), rel=1e-12)
 
 
-def test_a_price_by_hand(network: Network, table: LatencyTable) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_price_by_hand(network: Network, table: LatencyTable, mixed: bool) -> None:
+    """In the last block's second convolution 48 of 64 channels are kept, or all: its addition is mixed, or not."""
     layout = GateLayout(network, table=table)
-    found = layout.found
+    last = [name for name in layout.offsets if name.endswith("conv2")][-1]
+    kept = {last: tuple(range(48))} if mixed else {}
+    width = {node: int(channels.sum()) for node, channels in held_channels(network, kept, layout.found).items()}
     total = 0.0
-    for operation in operations(network, found):
-        total += 1e-3 + 1e-4 * float(np.prod([found[node].width for node in operation.tensors]))
+    for operation in operations(network, layout.found):
+        differ = [width[a] != width[b] for a, b in operation.mixed]
+        there = not differ or (any(differ) and all(width[a] == width[b] for a, b in operation.whole))
+        if there:
+            total += 1e-3 + 1e-4 * float(np.prod([width[node] for node in operation.tensors]))
+    added = {operation.kind.op for operation in operations(network, layout.found) if operation.full is not None}
+    assert added == {"pad"}  # 48 is a multiple of 4: no filter of zeros to spare
     # the image's three channels cost as four
-    assert layout.cost({}, "ms") == pytest.approx(total, rel=1e-3)
+    assert layout.cost(kept, "ms") == pytest.approx(total, rel=1e-3)
 
 
 def test_expected_is_differentiable_and_falls_with_every_gate(network: Network, table: LatencyTable) -> None:
@@ -134,10 +146,14 @@ def test_expected_is_differentiable_and_falls_with_every_gate(network: Network, 
         assert (cost.expected(moved) - expected).item() / step == pytest.approx(gradient[5].item(), rel=1e-3)
 
 
-def test_expected_with_all_gates_open_is_hard(network: Network, table: LatencyTable) -> None:
-    cost = gate_cost(GateLayout(network, table=table), "ms")
-    # the image's three channels cost as four only where widths are rounded up
-    assert cost.expected(torch.ones(cost.layout.size)).item() == pytest.approx(cost.full, rel=1e-3)
+def test_expected_takes_all_additions_for_mixed(network: Network, table: LatencyTable) -> None:
+    layout = GateLayout(network, table=table)
+    cost = gate_cost(layout, "ms")
+    everything = torch.ones(layout.size)
+    kept = {name: range(n - 1) for name, (_, n) in layout.offsets.items() if name.endswith("conv2")}
+    assert cost.full == cost.expected(everything).item() > layout.cost({}, "ms")
+    assert layout.cost(kept, "ms") < cost.full
+    assert layout.cost({}, "ms") == cost.hard(everything.bool())
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
@@ -233,6 +249,8 @@ def test_fit_finds_scale_and_constant(network: Network, table: LatencyTable) -> 
         ("each @8x8", (8,)),
         ("handover @8x8", (8,)),
         ("add @8x8", (4, 16)),
+        ("sum @8x8", (16,)),
+        ("pad @8x8", (16,)),
     ],
 )
 def test_chains_run(text: str, widths: tuple[int, ...]) -> None:

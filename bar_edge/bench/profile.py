@@ -146,6 +146,8 @@ def chain(kind: Kind, widths: tuple[int, ...], depth: int) -> bytes:
         "each": graph.activations,
         "handover": graph.handovers,
         "add": graph.additions,
+        "sum": graph.sums,
+        "pad": graph.pads,
     }
     first = {"add": widths[-1]}.get(kind.op, widths[0])
     output = builders[kind.op](*widths, depth)
@@ -238,11 +240,24 @@ class _Graph:
             x = self.node("Add", x, self.node("Gather", b, self.constant(index.astype(np.int64)), axis=1))
         return x
 
+    def sums(self, n: int, depth: int) -> str:
+        x = "input"
+        for _ in range(depth):
+            x = self.node("Add", x, self.convolution(x, n, n, 1, plain=True))
+        return x
+
+    def pads(self, n: int, depth: int) -> str:
+        """One channel more each time."""
+        x, rank = "input", 2 + len(self.kind.shape)
+        for _ in range(depth):
+            x = self.node("Pad", x, self.constant(np.eye(2 * rank, dtype=np.int64)[rank + 1]))
+        return x
+
 
 def _reference(kind: Kind, widths: tuple[int, ...]) -> list[Point]:
     """Return the operations that are in a chain besides those that it is about, per one of these."""
     plain = Kind(op="conv", kernel=tuple(1 for _ in kind.shape), shape=kind.shape)
-    if kind.op == "handover":
+    if kind.op in ("handover", "sum"):
         return [(plain, (widths[0], widths[0]))]
     return [(plain, (widths[1], min(widths)))] if kind.op == "add" else []
 

@@ -72,10 +72,13 @@ class LatencyCost(Cost):
     def __init__(self, layout: GateLayout) -> None:
         assert layout.latency is not None, "budget_limit refuses milliseconds without a table"
         rows = _Rows(layout)
-        entries = [(o.kind, tuple(rows.of(node, 0, 1) for node in o.tensors)) for o in layout.latency.operations]
+        priced = PricedOperations(layout.latency.table, layout.latency.operations, lambda node: rows.of(node, 0, 1))
         super().__init__(layout, rows)
-        self.priced = PricedOperations(layout.latency.table, entries)
-        self.full = self.hard(torch.ones(layout.size, dtype=torch.bool))
+        self.priced = priced
+        # whole additions are cheaper than mixed ones: what the first gates to close may make of the network
+        self.full = max(
+            self.hard(torch.ones(layout.size, dtype=torch.bool)), self.expected(torch.ones(layout.size)).item()
+        )
 
     def expected(self, probability: Tensor) -> Tensor:
         """Return the latency at the expected widths, differentiable in the probabilities (gates,)."""

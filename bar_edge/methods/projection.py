@@ -307,6 +307,8 @@ def project(
 
     low, high = -1, len(order)  # cost(high) fits, cost(low) does not
     assert cost(high) <= limit, "the cheapest path fits every feasible budget"
+    if cost(0) <= limit:  # not found by halving where additions cost more once they are mixed
+        high = 0
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if cost(middle) <= limit else (middle, high)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,12 +19,29 @@ LAYERS = ("conv", "transposed", "linear", "depthwise")
 _VIEWS = {"view", "reshape", "flatten", "squeeze", "unsqueeze", "permute", "transpose", "dropout", "clone", "expand"}
 
 
+#: a tensor, and the sum that it goes into
+Pair = tuple[fx.Node, fx.Node]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation, priced by the widths of some tensors."""
+    """One operation, priced by the widths of some tensors.
+
+    It is there if one of the pairs in `mixed` differs in its numbers of channels (if there are any), and none of
+    those in `whole` does; and, with `full`, if that tensor's width needs no rounding.
+    """
 
     kind: Kind
     tensors: tuple[fx.Node, ...]
+    mixed: tuple[Pair, ...] = ()
+    whole: tuple[Pair, ...] = ()
+    full: fx.Node | None = None
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """All tensors whose widths matter."""
+        pairs = (node for pair in (*self.mixed, *self.whole) for node in pair)
+        return (*self.tensors, *pairs, *((self.full,) if self.full else ()))
 
 
 def operations(network: Network, found: Passages) -> list[Operation]:
@@ -34,6 +51,7 @@ def operations(network: Network, found: Passages) -> list[Operation]:
     what works on vectors (N, channels) is left to the constant, linear layers excepted.
     """
     result = []
+    mixed_by: dict[fx.Node, tuple[Pair, ...]] = {}  # which pairs make a stream leave the layout of convolutions
     made_by: dict[fx.Node, str] = {}  # what kind of operation makes a tensor, fused ones passed through
     for node, passage in found.items():
         module, sources = network.module_of(node), [n for n in node.all_input_nodes if n in found]
@@ -53,9 +71,12 @@ def operations(network: Network, found: Passages) -> list[Operation]:
         elif str(node.target).split(".")[-2:-1] and str(node.target).split(".")[1] in _VIEWS:
             made_by[node] = before
         elif passage.kind == "add":
-            addends = [n for n in sources if made_by.get(n) == "layer"] or sources
+            addend = ([n for n in sources if made_by.get(n) == "layer"] or sources)[-1]
+            others = [(n, node) for n in sources if n is not addend]
+            earlier = tuple(pair for n in sources for pair in mixed_by.get(n, ()))
+            mixed_by[node] = (*earlier, (addend, node), *others)
             if shape:
-                result.append(Operation(Kind(op="add", shape=shape), (addends[-1], node)))
+                result += _addition(shape, (addend, node), others, earlier)
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             folded = isinstance(network.module_of(source), READERS) and alone
             if shape and not folded:
@@ -64,8 +85,18 @@ def operations(network: Network, found: Passages) -> list[Operation]:
         elif before and alone and network.shapes[node.name] == network.shapes[source.name]:
             made_by[node] = before
         elif shape:
-            result.append(Operation(Kind(op="each", shape=shape), (source,)))
+            behind = mixed_by.get(source, ()) if network.shapes[node.name] == network.shapes[source.name] else ()
+            result.append(Operation(Kind(op="each", shape=shape), (source,), behind if alone else ()))
+            mixed_by[node] = behind
     return result
+
+
+def _addition(shape: tuple[int, ...], own: Pair, others: list[Pair], earlier: tuple[Pair, ...]) -> list[Operation]:
+    """Return what an addition may take; nothing where a convolution adds what has always had the same channels."""
+    add, whole, pad = (Kind(op=op, shape=shape) for op in ("add", "sum", "pad"))
+    found = [Operation(add, own, (own,)), Operation(pad, own[:1], (own,), full=own[0])]  # no filter of zeros to spare
+    found += [Operation(pad, other[1:], (other,)) for other in others]  # channels that are new to the stream
+    return found + ([Operation(whole, own[1:], earlier, (own,))] if earlier else [])
 
 
 def _layer(module: nn.Module, depthwise: bool, shape: tuple[int, ...]) -> Kind:
@@ -94,16 +125,16 @@ def largest_widths(network: Network) -> dict[Kind, tuple[int, ...]]:
 class PricedOperations(nn.Module):
     """Adds up the prices of operations whose widths stand in a vector.
 
-    entries: kind, and where in the vector its widths stand. Raises InputError for what the table does not hold.
+    place: where in the vector a tensor's width stands. Raises InputError for what the table does not hold.
     """
 
-    def __init__(self, table: LatencyTable, entries: Sequence[tuple[Kind, tuple[int, ...]]]) -> None:
+    def __init__(self, table: LatencyTable, priced: Sequence[Operation], place: Callable[[fx.Node], int]) -> None:
         super().__init__()
         self.table = table
-        groups: dict[Kind, list[tuple[int, ...]]] = {}
-        for kind, places in entries:
-            groups.setdefault(kind, []).append(places)
-        missing = [str(kind) for kind in groups if str(kind) not in table.prices]
+        groups: dict[tuple[Kind, bool], list[Operation]] = {}
+        for operation in priced:
+            groups.setdefault((operation.kind, bool(operation.mixed)), []).append(operation)
+        missing = [str(kind) for kind, _ in groups if str(kind) not in table.prices]
         if missing:
             raise InputError(
                 "a latency table of this network's operations",
@@ -111,15 +142,30 @@ class PricedOperations(nn.Module):
                 consequence="nothing was started",
                 remedy="`bar-edge profile` with this --model",
             )
-        self.groups: list[tuple[bool, int]] = []
-        for i, (kind, all_places) in enumerate(groups.items()):
+        self.groups: list[tuple[bool, int, bool]] = []
+        for i, ((kind, conditional), members) in enumerate(groups.items()):
             prices = table.prices[str(kind)]
             sizes = [len(axis) for axis in prices.widths]
-            self.register_buffer(f"places_{i}", torch.tensor(all_places), persistent=False)
+            places = [[place(node) for node in operation.tensors] for operation in members]
+            self.register_buffer(f"places_{i}", torch.tensor(places), persistent=False)
             self.register_buffer(f"ms_{i}", torch.tensor(prices.ms, dtype=torch.float64).view(sizes), persistent=False)
             for j, axis in enumerate(prices.widths):
                 self.register_buffer(f"knots_{i}_{j}", torch.tensor(axis, dtype=torch.float64), persistent=False)
-            self.groups.append((kind.op in LAYERS, len(sizes)))
+            if conditional:
+                self._conditions(i, members, place)
+            self.groups.append((kind.op in LAYERS, len(sizes), conditional))
+
+    def _conditions(self, i: int, members: list[Operation], place: Callable[[fx.Node], int]) -> None:
+        """Store the places of pairs, (operations, pairs, 2), and of tensors that must be full, -1 for none."""
+        for name in ("mixed", "whole"):
+            pairs = [[[place(node) for node in pair] for pair in getattr(operation, name)] for operation in members]
+            most = max(map(len, pairs))
+            alike = [own + [[0, 0]] * (most - len(own)) for own in pairs]  # a pair of one tensor never differs
+            self.register_buffer(
+                f"{name}_{i}", torch.tensor(alike, dtype=torch.int64).view(len(members), most, 2), persistent=False
+            )
+        full = [place(operation.full) if operation.full else -1 for operation in members]
+        self.register_buffer(f"full_{i}", torch.tensor(full), persistent=False)
 
     def forward(self, widths: Tensor, *, stepped: bool) -> Tensor:
         """Return the latency in ms, a scalar.
@@ -132,11 +178,11 @@ class PricedOperations(nn.Module):
 
     def parts(self, widths: Tensor, *, stepped: bool) -> tuple[Tensor, Tensor]:
         """Return the summed prices of layers and of all else in ms, before they are scaled."""
+        given, filled = widths, _up(widths, self.table.rounding)
         if stepped:
-            filled = _up(widths, self.table.rounding)
             widths = torch.where(filled <= self.table.step, filled, _up(filled, self.table.step))
         layers = rest = widths.new_zeros(())
-        for i, (is_layer, axes) in enumerate(self.groups):
+        for i, (is_layer, axes, conditional) in enumerate(self.groups):
             own = widths[getattr(self, f"places_{i}")]
             values: Tensor = getattr(self, f"ms_{i}")
             first, t = _locate(getattr(self, f"knots_{i}_0"), own[:, 0])
@@ -147,8 +193,19 @@ class PricedOperations(nn.Module):
                 low = torch.lerp(values[first, second], values[first, second + 1], u)
                 high = torch.lerp(values[first + 1, second], values[first + 1, second + 1], u)
                 found = torch.lerp(low, high, t)
+            if conditional:
+                found = found * self._there(i, given, filled, stepped)
             layers, rest = (layers + found.sum(), rest) if is_layer else (layers, rest + found.sum())
         return layers, rest
+
+    def _there(self, i: int, widths: Tensor, filled: Tensor, stepped: bool) -> Tensor:
+        """Return which operations of a group are there; of expected widths, which hardly ever agree, mixed ones."""
+        full: Tensor = getattr(self, f"full_{i}")
+        mixed, whole = (filled[getattr(self, f"{name}_{i}")] for name in ("mixed", "whole"))
+        if not stepped:
+            return (full < 0) & (whole.shape[1] == 0)
+        differ = (mixed[..., 0] != mixed[..., 1]).any(1) & (whole[..., 0] == whole[..., 1]).all(1)
+        return differ & ((full < 0) | (filled == widths)[full])
 
 
 class LatencyCounter:
@@ -157,9 +214,9 @@ class LatencyCounter:
     def __init__(self, network: Network, found: Passages, table: LatencyTable) -> None:
         self.network, self.found, self.table = network, found, table
         self.operations = operations(network, found)
-        self.nodes = list(dict.fromkeys(node for operation in self.operations for node in operation.tensors))
+        self.nodes = list(dict.fromkeys(node for operation in self.operations for node in operation.nodes))
         place = {node: i for i, node in enumerate(self.nodes)}
-        self.priced = PricedOperations(table, [(o.kind, tuple(place[n] for n in o.tensors)) for o in self.operations])
+        self.priced = PricedOperations(table, self.operations, place.__getitem__)
 
     def widths(self, kept: Mapping[str, Sequence[int]]) -> Tensor:
         """Return the numbers of channels that are there, (tensors,), liveness closed."""

@@ -181,6 +181,7 @@ def profile(
     input_shape: Input = None,
     runtime: Runtime = "onnxruntime-cpu",
     threads: Threads = 1,
+    lowering: Lowering = "auto",
     on: On = "local",
     json: Json = False,
     debug: Debug = False,
@@ -200,6 +201,7 @@ def profile(
             input_shape=shape,
             runtime=runtime,
             threads=threads,
+            lowering=lowering,
             on=on,
             progress=progress,
         )

@@ -1,0 +1,182 @@
+"""Budgets in milliseconds: does `deploy` end within them, how much do they use, and is training for them worth it?
+
+    python -m benchmarks.closed_loop --data FOLDER [--images 10000] [--models resnet20,wrn-10-2] [--compare resnet20]
+
+Every model has one dense network and one table; a budget is a share of the dense network's latency by that table.
+`--compare`: at three budgets BAR is trained for activation volume and for FLOPs as well, with a secant on the factor
+until the measured latency is within 3 % of what the latency-trained network has. Resumable; writes JSON after every
+run. MODEL may carry arguments: "resnet20 width=0.5". Run folders stay in --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from bar_edge.config import RunConfig, TrainConfig
+from bar_edge.methods import GateLayout, smallest_cost
+from bar_edge.pipeline import bench, deploy, export_run, profile, prune
+from bar_edge.records import read_json, write_json
+from bar_edge.specs import read_data, read_network
+from bar_edge.table import LatencyTable
+
+RESULTS = Path(__file__).parent / "results" / "closed_loop.json"
+#: budgets, as shares of the dense network's latency, and which of them are compared
+SHARES, COMPARED = (0.85, 0.7, 0.6, 0.5, 0.4, 0.3), (0.7, 0.5, 0.4)
+#: how near the other metrics' latencies must come, and in how many trainings
+NEAR, TRAININGS = 0.03, 3
+
+
+def subset(data: str, images: int, work: Path) -> str:
+    """Return a data SPEC of the first training images only, and of all test images."""
+    if not images:
+        return data
+    import pyarrow.parquet as pq
+
+    folder = work / f"data-{images}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        if not (folder / f"{split}.parquet").is_file():
+            rows = pq.read_table(Path(data) / f"{split}.parquet")
+            pq.write_table(rows[:images] if split == "train" else rows, folder / f"{split}.parquet")
+    return str(folder)
+
+
+class Bed:
+    """One model: its dense network, its table, and runs on them."""
+
+    def __init__(self, model: str, options: argparse.Namespace, data: str) -> None:
+        self.work: Path = options.work / model.replace(" ", "-").replace("=", "")
+        spec, *arguments = model.split()
+        self.epochs: tuple[int, int, int] = tuple(options.epochs)
+        self.common: dict[str, Any] = {"model": spec, "model_arg": tuple(arguments), "data": data, "seed": options.seed}
+        self.size = {"image_size": options.image_size, "threads": 1, "device": "cpu"}
+        train = TrainConfig(dense=self.epochs[0], prune=0, tune=0, **self.size)
+        config = RunConfig(**self.common, budget="1x", method="random", train=train)
+        self.dense = prune(config, self.work / "dense", resume=True)["dense"]
+        source = read_data(config)
+        self.table = self.work / "table.json"
+        if not self.table.is_file():
+            profile(spec, out=self.table, model_args=tuple(arguments), input_shape=tuple(source.input_shape))
+        table = LatencyTable.load(self.table)
+        network = read_network(spec, tuple(arguments), source.input_shape, len(source.classes))
+        layout = GateLayout(network, table=table)
+        self.lowering, self.full_ms, self.least_ms = table.lowering, layout.cost({}, "ms"), smallest_cost(layout, "ms")
+
+    def config(self, budget: str, table: str | None = None) -> RunConfig:
+        """Return a run on the dense network."""
+        train = TrainConfig(dense=0, prune=self.epochs[1], tune=self.epochs[2], **self.size)
+        return RunConfig(
+            **self.common, budget=budget, table=table, weights=str(self.work / "dense" / "dense"), train=train
+        )
+
+    def within(self, share: float) -> dict[str, Any]:
+        """Deploy with a budget in ms."""
+        budget = round(share * self.full_ms, 3)
+        out = self.work / f"ms-{budget:g}"
+        answer = deploy(self.config(f"{budget:g}ms", str(self.table)), out, resume=True)
+        found = answer["prune"]["budget"]
+        return {
+            "share": share,
+            "budget_ms": budget,
+            "verdict": answer["verdict"],
+            "used": found["achieved"] / budget,
+            **{key: found[key] for key in ("achieved", "by_table", "rounds_ms", "rounds_by_table", "verdict_ms")},
+            **self.costs(answer["prune"]),
+            "interference": answer["bench"]["conditions"]["interference"],
+        }
+
+    def costs(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Return metric and costs of a run, as shares of the dense network's."""
+        costs = {key: result["sliced"][key] / result["dense"][key] for key in ("volume", "flops")}
+        return {"metric": result["sliced"]["metric"], "dense_metric": result["dense"]["metric"], **costs}
+
+    def alike(self, metric: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """Train for another metric until the latency is that of the latency-trained network; returns the attempts."""
+        aim, attempts = row["achieved"], list[dict[str, Any]]()
+        factor = 1 / row[metric]
+        while len(attempts) < TRAININGS and not (attempts and abs(attempts[-1]["ms"] / aim - 1) <= NEAR):
+            if len(attempts) == 1:
+                factor = attempts[0]["factor"] * attempts[0]["ms"] / aim
+            elif attempts:  # linear in the logarithms
+                (f, a), (g, b) = ((math.log(one["factor"]), math.log(one["ms"])) for one in attempts[-2:])
+                slope = (b - a) / (g - f) if g != f else -1.0
+                factor = math.exp(g + (math.log(aim) - b) / min(slope, -0.2))
+            factor = round(max(1.01, factor), 3)
+            out = self.work / f"{metric}-{factor:g}"
+            result = prune(self.config(f"{factor:g}x:{metric}"), out, resume=True)
+            exported = export_run(out, lowering=self.lowering)
+            ms = sorted(bench(Path(exported["artifact"]))["percentiles_ms"]["p50"] for _ in range(3))[1]
+            attempts.append({"factor": factor, "ms": ms, **self.costs(result)})
+        return attempts
+
+
+def report(results: dict[str, Any]) -> str:
+    """Return budgets and comparisons as Markdown."""
+    lines = ["| network | budget | rounds | measured | used | dense | sliced |", "|---|---|---|---|---|---|---|"]
+    rows = [(model, row) for model, found in results["models"].items() for row in found["budgets"]]
+    for model, row in rows:
+        rounds = ", ".join(f"{ms:.3f}" for ms in row["rounds_ms"])
+        lines.append(
+            f"| {model} | {row['budget_ms']:.3f} ms | {rounds} | {row['achieved']:.3f} ms | {row['used']:.2f} "
+            f"| {row['dense_metric']:.2%} | {row['metric']:.2%} |"
+        )
+    met = sum(row["used"] <= 1 for _, row in rows)
+    lines.append(f"\nWithin budget: {met} of {len(rows)}; of those at least .9 used: "
+                 f"{sum(0.9 <= row['used'] <= 1 for _, row in rows)}.\n")  # fmt: skip
+    lines += ["| network | trained for | ms | metric | volume | FLOPs | trainings |", "|---|---|---|---|---|---|---|"]
+    for model, found in results["models"].items():
+        for one in found["compared"]:
+            latency = next(row for row in found["budgets"] if row["budget_ms"] == one["budget_ms"])
+            arms = [("latency", {**latency, "ms": latency["achieved"]}, 1)]
+            arms += [(metric, one[metric][-1], len(one[metric])) for metric in ("volume", "flops") if metric in one]
+            for metric, arm, n in arms:
+                lines.append(
+                    f"| {model} | {metric} | {arm['ms']:.3f} | {arm['metric']:.2%} | {arm['volume']:.3f} "
+                    f"| {arm['flops']:.3f} | {n} |"
+                )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Do what is missing, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="a folder with train.parquet and test.parquet, or a SPEC")
+    parser.add_argument("--images", type=int, default=0, help="training images, 0 for all")
+    parser.add_argument("--image-size", type=int, default=0)
+    parser.add_argument("--models", default="resnet20,wrn-10-2")
+    parser.add_argument("--compare", default="", help="models to compare metrics on")
+    parser.add_argument("--epochs", type=int, nargs=3, default=(3, 3, 1), metavar=("DENSE", "PRUNE", "TUNE"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, required=True, help="for the run folders")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    options.work = options.work.resolve()
+    data = subset(options.data, options.images, options.work)
+    results = read_json(options.out) if options.out.is_file() else {"models": {}}
+    results |= {key: getattr(options, key) for key in ("images", "image_size", "epochs", "seed")}
+    for model in options.models.split(","):
+        bed = Bed(model, options, data)
+        found = results["models"].setdefault(model, {"budgets": [], "compared": []})
+        found |= {"full_ms": bed.full_ms, "least_ms": bed.least_ms, "environment": read_json(bed.table)["environment"]}
+        done = {row["share"] for row in found["budgets"]}
+        for share in SHARES:
+            if share not in done and share * bed.full_ms > bed.least_ms:
+                found["budgets"].append(bed.within(share))
+                write_json(options.out, results)
+        for share in COMPARED if model in options.compare.split(",") else ():
+            row = next((row for row in found["budgets"] if row["share"] == share), None)
+            one = next((one for one in found["compared"] if one["share"] == share), None)
+            if row and one is None:
+                found["compared"].append(one := {"share": share, "budget_ms": row["budget_ms"]})
+            for metric in ("volume", "flops"):
+                if row and one is not None and metric not in one:
+                    one[metric] = bed.alike(metric, row)
+                    write_json(options.out, results)
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main()
