@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import io
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from bar_edge.errors import InputError
 from bar_edge.export.parity import cpu_session, difference, relative
+from bar_edge.records import write_bytes
 
 #: target -> opset. 18 is the one torch's exporter is written in (others go through converters that fail on
 #: Pad); ONNX Runtime since 1.14, OpenVINO and TensorRT 10 and 11 read it.
@@ -88,7 +88,7 @@ def export_onnx(
             onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # the exporter raises many kinds; all mean that this module has no ONNX form
         raise _not_exportable(error) from error
-    _write(path, model.SerializeToString(deterministic=True))
+    write_bytes(path, model.SerializeToString(deterministic=True))
 
 
 def parity_onnx(
@@ -202,20 +202,6 @@ def _strip(message: Message) -> None:
         elif field.message_type is not None:
             for item in value:
                 _strip(item)
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(
-            f"a place to write {path.name}",
-            got=error.strerror or type(error).__name__,
-            consequence="no file was written",
-        ) from error
 
 
 def _shapes(input_shape: tuple[int, ...] | tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
