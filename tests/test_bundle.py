@@ -13,8 +13,8 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from bar_edge.bench import runner
-from bar_edge.errors import InputError
+from bar_edge.bench import bench_onnx, runner, runtimes_here
+from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
 from bar_edge.export.artifact import ArtifactSpec, write_artifact
 from bar_edge.export.bundle import build_script, write_bundle
 from bar_edge.export.lowering import lower
@@ -64,15 +64,27 @@ sys.modules[__name__] = make_tensorrt(world, driver)
 
 
 @pytest.fixture
-def device(tmp_path: Path):
+def site(tmp_path: Path) -> Path:
+    """A folder for PYTHONPATH with a pretended TensorRT."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "tests").symlink_to(REPOSITORY / "tests")
+    (folder / "tensorrt.py").write_text(SHIM)
+    return folder
+
+
+@pytest.fixture
+def trtexec(tmp_path: Path) -> Path:
+    """A stand-in for trtexec."""
+    program = tmp_path / "trtexec"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {REPOSITORY}/tests/fake_trtexec.py "$@"\n')
+    program.chmod(0o755)
+    return program
+
+
+@pytest.fixture
+def device(site: Path, trtexec: Path):
     """A machine with a pretended TensorRT and without bar_edge; returns how to run a program there."""
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "tests").symlink_to(REPOSITORY / "tests")
-    (site / "tensorrt.py").write_text(SHIM)
-    trtexec = tmp_path / "trtexec"
-    trtexec.write_text(f'#!/bin/sh\nexec {sys.executable} {REPOSITORY}/tests/fake_trtexec.py "$@"\n')
-    trtexec.chmod(0o755)
 
     def run(*command: str, cwd: Path, world: dict | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **variables}
@@ -246,3 +258,24 @@ def test_the_device_needs_python_3_10_only(bundle: Path) -> None:
         assert len(names) == 8
         for name in names:
             ast.parse(archive.read(name), feature_version=(3, 10))
+
+
+def test_an_onnx_file_is_measured_as_an_engine(artifact: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
+    monkeypatch.setenv("FAKE_WORLD", json.dumps({"version": "10.16"}))
+    (found,) = bench_onnx([artifact], runtime="tensorrt", batch=4, seconds=0.05)
+    assert found.parity is not None and found.parity["within"] and found.parity["n"] == SAMPLES
+    medians = {part: times["p50"] for part, times in (found.parts_ms or {}).items()}
+    assert (medians["h2d"], medians["compute"], medians["d2h"]) == (0.25, 4.0, 0.5) and medians["enqueue"] > 0
+    assert found.environment["runtime_version"] == SURFACE["10.16"]["version"] and "gpu_name" in found.environment
+    assert {path.name for path in artifact.iterdir()} == {"model.onnx", "samples.safetensors", "manifest.json"}
+    assert runtimes_here()["tensorrt"] == f"works, version {SURFACE['10.16']['version']}"
+    monkeypatch.setenv("FAKE_WORLD", json.dumps({"wrong_by": 1.0}))
+    (wrong,) = bench_onnx([artifact], runtime="tensorrt", seconds=0.05)
+    assert wrong.parity is not None and not wrong.parity["within"]
+    monkeypatch.setenv("FAKE_WORLD", json.dumps({"devices": 0}))
+    with pytest.raises(EnvironmentLacks, match="CUDA_ERROR_NO_DEVICE"):
+        bench_onnx([artifact], runtime="tensorrt")
+    monkeypatch.setenv("FAKE_WORLD", json.dumps({"build_error": "Could not find any implementation for node /x."}))
+    with pytest.raises(BarEdgeError, match="no workspace limit"):
+        bench_onnx([artifact], runtime="tensorrt")

@@ -104,13 +104,10 @@ def load_onnxruntime_tensorrt(path: Path, name: str, settings: Settings) -> Load
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # fp32 means fp32; the provider has no option for it
     version = str(package("onnxruntime", "onnxruntime-gpu").__version__)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    options = {
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": str(path.parent / f"engines-{digest}-{version}"),
-        "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": str(path.parent / f"engines-{digest}-{version}"),
-        **({f"trt_{settings.precision}_enable": "1"} if settings.precision != "fp32" else {}),
-    }
+    cache = str(path.parent / f"engines-{digest}-{version}")
+    allowed = [] if settings.precision == "fp32" else [f"trt_{settings.precision}_enable"]
+    flags = ("trt_engine_cache_enable", "trt_timing_cache_enable", *allowed)
+    options = {"trt_engine_cache_path": cache, "trt_timing_cache_path": cache, **dict.fromkeys(flags, "True")}
     return _load_onnxruntime(path, name, settings, "TensorrtExecutionProvider", options)
 
 
@@ -185,21 +182,22 @@ def _load_onnxruntime(path: Path, name: str, settings: Settings, provider: str, 
     options.log_severity_level = 3
     if not settings.alone:  # idle threads of one session would spin on the cores that the other one is measured on
         options.add_session_config_entry("session.force_spinning_stop", "1")
-    providers = [(provider, provider_options)]
+    providers, libraries = [(provider, provider_options)], "CUDA, cuDNN"
     if provider == "TensorrtExecutionProvider":
         providers.append(("CUDAExecutionProvider", {"use_tf32": "0"}))
+        libraries += ", TensorRT"
+    lacks = functools.partial(
+        Problem, "EnvironmentLacks", f"{install} with a GPU that it can use", remedy=f"install {install}, {libraries}"
+    )
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no base class
+        _, please, advice = str(error).partition("Please install")
+        if please:
+            raise lacks(got=f"{please}{advice}".strip()[:200]) from error
         raise _refused(name, "ONNX Runtime", error) from error
     if provider not in session.get_providers():  # it warns and falls back to the CPU
-        raise Problem(
-            "EnvironmentLacks",
-            f"{install} with a GPU that it can use",
-            f"{', '.join(session.get_providers())} only",
-            f"install {install} and the libraries that it names: CUDA, cuDNN"
-            + (", TensorRT" if provider.startswith("Tensor") else ""),
-        )
+        raise lacks(got=f"{', '.join(session.get_providers())} only")
     values, dtypes = session.get_inputs(), {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
     names = [value.name for value in values]
     return Loaded(
