@@ -202,16 +202,19 @@ def export_run(
     data: str | None = None,
     max_drop: float | None = None,
     on: str = "local",
+    engine: tuple[str, ...] = (),
     out: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Export a RUN's network as an artifact folder, compare it with torch on real images, and note both.
 
     runtime, threads, choice_seconds: with which `auto` measures, and how long. max_drop: of the metric in INT8, in
-    points. on: where an engine is built. The verdict is no if the file computes something else (an earlier
-    artifact then stays), if `auto` finds the dense network faster, or if the metric drops by more than max_drop.
+    points. on, engine: where an engine is built, and NAME=VALUE of its options. The verdict is no if the file
+    computes something else (an earlier artifact then stays), if `auto` finds the dense network faster, or if the
+    metric drops by more than max_drop.
     """
     targets.check_target(target, precision, on)
+    engine_options = targets.engine_options(engine)
     result, config = _read_result(run), run_config(read_toml(run / "config.toml"))
     network, folder = Network.load(run / "network"), out or run / "artifacts" / f"{target}-{precision}"
     if target == "torch":
@@ -276,6 +279,7 @@ def export_run(
                 as_input=as_input,
                 max_drop=max_drop,
                 on=on,
+                engine=engine_options,
             )
         written = within and manifest["parity"]["within"] is not False
         if written and (not final or target != "onnx"):

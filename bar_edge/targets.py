@@ -23,8 +23,9 @@ from bar_edge.export.bundle import SCRIPT, write_bundle
 from bar_edge.export.device_build import ENGINE, build_and_check
 from bar_edge.export.parity import cpu_session
 from bar_edge.export.precision import to_half
-from bar_edge.export.tensorrt import import_tensorrt, manifest_path
+from bar_edge.export.tensorrt import EngineOptions, import_tensorrt, manifest_path
 from bar_edge.export.verify import MANIFEST, MODEL, file_hash
+from bar_edge.models.zoo import parse_arguments
 from bar_edge.network.network import unflatten
 from bar_edge.records import write_json
 from bar_edge.training import Task, evaluate
@@ -62,6 +63,22 @@ def check_target(target: str, precision: str, on: str) -> None:
         import_tensorrt()
     if on != "local" and target != "trt":
         raise InputError("--on for --target trt, which is built on the device", got=f"--target {target}")
+
+
+def engine_options(texts: tuple[str, ...]) -> EngineOptions:
+    """Read `batch=1,4,8`, `batch=4` or other fields of EngineOptions; raises InputError for anything else."""
+    defaults = dataclasses.asdict(EngineOptions())
+    defaults.pop("timing_caches")  # where the engine is built
+    given: dict[str, Any] = dict(parse_arguments(texts))
+    if "batch" in given:
+        sizes = tuple(int(size) for size in str(given["batch"]).split(",") if size.isdigit())
+        given["batch"] = {1: 3 * sizes, 3: sizes}.get(len(sizes))
+    if any(type(value) is not type(defaults.get(name, type)) for name, value in given.items()):
+        known = ", ".join(f"{name}={value}" for name, value in (defaults | {"batch": "1,1,1"}).items())
+        raise InputError(
+            f"options of an engine out of {known}", got=", ".join(texts), consequence="nothing was written"
+        )
+    return EngineOptions(**given)
 
 
 def for_speed(target: str, precision: str) -> Callable[[Path], None] | None:
@@ -104,6 +121,7 @@ def write_converted(
     as_input: Callable[[Tensor], Tensor],
     max_drop: float | None,
     on: str,
+    engine: EngineOptions,
 ) -> dict[str, Any]:
     """Write the artifact of a target from one in float32, and return its manifest."""
     on_device = target.startswith("trt")
@@ -125,7 +143,7 @@ def write_converted(
             source = whole
         elif not on_device:
             return convert_artifact(source, folder, target=target, precision=precision, convert=_to_fp16)
-        return write_trt(source, folder, target=target, precision=precision, on=on)
+        return write_trt(source, folder, target=target, precision=precision, on=on, engine=engine)
 
 
 def _to_fp16(model: Path, new: Path) -> None:
@@ -212,9 +230,11 @@ def write_engine(bundle: Path, on: str) -> dict[str, Any]:
     return answer
 
 
-def write_trt(source: Path, folder: Path, *, target: str, precision: str, on: str) -> dict[str, Any]:
+def write_trt(
+    source: Path, folder: Path, *, target: str, precision: str, on: str, engine: EngineOptions
+) -> dict[str, Any]:
     """Write a bundle from an artifact, for `trt` with the engine that it builds; returns the manifest."""
-    manifest = write_bundle(source, folder, precision=precision, runner=Path(runner.__file__))
+    manifest = write_bundle(source, folder, precision=precision, options=engine, runner=Path(runner.__file__))
     if target == "trt" and manifest["parity"]["within"]:
         answer = write_engine(folder, on)
         parity = answer["models"][0]["parity"]

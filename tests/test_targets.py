@@ -13,9 +13,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from bar_edge.config import RunConfig, TrainConfig
-from bar_edge.errors import EnvironmentLacks, InputError
+from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
 from bar_edge.pipeline import bench, export_run, prune, verify
 from bar_edge.records import read_json
+from bar_edge.targets import write_engine
 from bar_edge_cli.main import main
 from tests.test_bundle import site, trtexec  # noqa: F401  fixtures
 from tests.test_ssh import Server, running, server  # noqa: F401  fixtures
@@ -94,8 +95,9 @@ def test_bf16_is_verified_too(run: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ an engine elsewhere
 
 
-def exported(run: Path, folder: Path, on: str) -> int:
-    return main(["export", str(run), "--target", "trt", "--precision", "fp16", "--on", on, "--out", str(folder)])
+def exported(run: Path, folder: Path, on: str, *options: str) -> int:
+    command = ["export", str(run), "--target", "trt", "--precision", "fp16", "--on", on, "--out", str(folder)]
+    return main([*command, *options])
 
 
 def test_an_engine_is_built_compared_and_measured_on_a_device(
@@ -113,7 +115,8 @@ def test_an_engine_is_built_compared_and_measured_on_a_device(
 
     engine = tmp_path / "engine"
     device(version="10.3")
-    assert exported(run, engine, server.target) == 0
+    assert exported(run, engine, server.target, "--engine", "batch=1,1,8", "--engine", "workspace_mib=64") == 0
+    assert read_json(engine / "model.engine.json")["profile"] == {"input": [[n, 1, 8, 8] for n in (1, 1, 8)]}
     manifest = read_json(engine / "manifest.json")
     assert manifest["target"] == "trt" and manifest["parity"]["samples"] == 256 and manifest["parity"]["within"]
     assert read_json(engine / "model.engine.json")["gpu"]["name"] == "Orin"
@@ -135,18 +138,16 @@ def test_an_engine_is_built_compared_and_measured_on_a_device(
     assert not list((tmp_path / "wrong").glob("model.engine*"))
     assert read_json(tmp_path / "wrong" / "manifest.json")["parity"]["within"] is False
 
-    device(version="10.3", build_error="Could not find any implementation for node /x.")
-    capsys.readouterr()
-    assert exported(run, tmp_path / "refused", server.target) == 2
-    assert "no workspace limit" in capsys.readouterr().err
-
     server.login_runs("export TRTEXEC=/nonexistent")
-    assert exported(run, tmp_path / "none", server.target) == 3
+    assert exported(run, tmp_path / "bundle", server.target) == 3
     assert "python3-libnvinfer" in capsys.readouterr().err
 
+    device(version="10.3", build_error="Could not find any implementation for node /x.")
+    with pytest.raises(BarEdgeError, match="no workspace limit"):
+        write_engine(tmp_path / "bundle", server.target)
     server.login_runs(f"export TRTEXEC='{trtexec}'")
-    assert exported(run, tmp_path / "uncompared", server.target) == 3
-    assert "NOT compared" in capsys.readouterr().err
+    with pytest.raises(EnvironmentLacks, match="NOT compared"):
+        write_engine(tmp_path / "bundle", server.target)
     assert list(tmp_path.glob("*/model.engine")) == [engine / "model.engine"]
 
 
@@ -157,6 +158,9 @@ def test_what_is_missing_is_said_before_anything_is_done(run: Path, tmp_path: Pa
         export_run(tmp_path, target="onnx", precision="bf16")
     with pytest.raises(InputError, match="--target trt"):
         export_run(run, target="onnx", on="ssh://board")
+    for wrong in ("batch=1,4", "batch=many", "dla_core=all", "timing_caches=here", "fp16=true"):
+        with pytest.raises(InputError, match=r"workspace_mib=0.*|batch range"):
+            export_run(run, target="trt-bundle", engine=(wrong,))
     if importlib.util.find_spec("tensorrt") is None:
         with pytest.raises(EnvironmentLacks, match="TensorRT"):
             export_run(run, target="trt", out=tmp_path / "engine")

@@ -86,9 +86,10 @@ def export_onnx(
             model, _ = onnxsim.simplify(model)
             _clean(model, {"input_layout": "NCHW"[: len(shapes[0]) + 1], **(metadata or {})})
             onnx.checker.check_model(model, full_check=True)
+            data = model.SerializeToString(deterministic=True)  # one file, which ends at 2 GB
     except Exception as error:  # the exporter raises many kinds; all mean that this module has no ONNX form
         raise _not_exportable(error) from error
-    write_bytes(path, model.SerializeToString(deterministic=True))
+    write_bytes(path, data)
 
 
 def parity_onnx(
