@@ -299,6 +299,8 @@ def export_run(
         },
         "held_out": conversion.get("held_out"),
         "speedup_over_fp32": ran.get("speedup"),
+        "latency": manifest.get("latency"),
+        "warnings": manifest.get("tensorrt", {}).get("slow", []),
         "volume_executed": executed.volume,
         "flops_executed": executed.flops,
         "bytes": (folder / "model.onnx").stat().st_size if written else None,

@@ -239,7 +239,13 @@ def write_trt(
         answer = write_engine(folder, on)
         parity = answer["models"][0]["parity"]
         if parity["within"]:
-            save_measurement(folder, measurement(folder / MODEL, answer["models"][0], answer, on))
+            measured = measurement(folder / MODEL, answer["models"][0], answer, on)
+            manifest["latency"] = {
+                "p50_ms": measured.percentile_ms(50),
+                "parts_p50_ms": {part: times["p50"] for part, times in (measured.parts_ms or {}).items()},
+                "batch": measured.batch,
+                "file": save_measurement(folder, measured).name,
+            }
             manifest["files"][ENGINE] = {"sha256": file_hash(folder / ENGINE)}
         manifest |= {"target": "trt", "parity": {"samples": parity.pop("n"), **parity}}
         write_json(folder / MANIFEST, manifest)

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from bar_edge.config import RunConfig, TrainConfig
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
+from bar_edge.export.parity import TOLERANCES
 from bar_edge.pipeline import bench, export_run, prune, verify
 from bar_edge.records import read_json
 from bar_edge.targets import write_engine
@@ -61,6 +62,14 @@ def test_int8_says_what_it_costs_and_keeps_the_promise_or_not(run: Path, tmp_pat
         assert not export_run(run, precision="int8", choice_seconds=1.0, max_drop=-100.0, out=tmp_path / "never")[
             "verdict"
         ]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_a_file_for_openvino_is_compared_there(run: Path, tmp_path: Path, precision: str) -> None:
+    answer = export_run(run, target="openvino", precision=precision, lowering="slices", out=tmp_path / "file")
+    assert answer["verdict"] and 0 < answer["parity"]["openvino-cpu"] <= TOLERANCES[precision]
+    assert (answer["speedup_over_fp32"] is None) == (precision == "fp32")
 
 
 def test_a_bundle_for_a_device_has_all_it_needs(run: Path, tmp_path: Path) -> None:
@@ -121,6 +130,7 @@ def test_an_engine_is_built_compared_and_measured_on_a_device(
     assert manifest["target"] == "trt" and manifest["parity"]["samples"] == 256 and manifest["parity"]["within"]
     assert read_json(engine / "model.engine.json")["gpu"]["name"] == "Orin"
     (measured,) = engine.glob("bench-tensorrt-t1-b1-*.json")
+    assert manifest["latency"]["file"] == measured.name and manifest["latency"]["parts_p50_ms"]["d2h"] == 0.5
     assert read_json(measured)["parts_ms"]["compute"]["p50"] == 4.0 and len(read_json(measured)["samples_ms"]) >= 10
     assert "127.0.0.1" not in "".join(path.read_text(errors="ignore") for path in engine.iterdir())
     checks = verify(engine)
