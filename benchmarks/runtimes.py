@@ -161,7 +161,7 @@ def outputs(runtime: str, precision: str, path: Path, images: np.ndarray) -> np.
 
 def alone(*arguments: Any) -> np.ndarray | None:
     """Return the outputs, computed in a process of its own; None if that dies."""
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
         try:
             return pool.submit(outputs, *arguments).result()
         except BrokenProcessPool:

@@ -186,9 +186,8 @@ def _load_onnxruntime(path: Path, name: str, settings: Settings, provider: str, 
     if provider == "TensorrtExecutionProvider":
         providers.append(("CUDAExecutionProvider", {"use_tf32": "0"}))
         libraries += ", TensorRT"
-    lacks = functools.partial(
-        Problem, "EnvironmentLacks", f"{install} with a GPU that it can use", remedy=f"install {install}, {libraries}"
-    )
+    remedy = f"install {install} with {libraries} of the versions that it names"
+    lacks = functools.partial(Problem, "EnvironmentLacks", f"{install} with a GPU that it can use", remedy=remedy)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no base class
