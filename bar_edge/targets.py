@@ -214,7 +214,7 @@ def write_engine(bundle: Path, on: str) -> dict[str, Any]:
         return build_and_check(bundle)
     kept = f"no engine was brought here; its bundle is {bundle.name}"
     with Device(Target.parse(on)) as device:
-        device.send({path.name: path for path in bundle.iterdir()})
+        device.send({path.name: path for path in bundle.iterdir() if path.is_file()})
         done = device.run(["sh", SCRIPT], stdin=MANIFEST, timeout_s=BUILD_S)
         said = done.stderr.strip()[-300:]
         if done.timed_out:
