@@ -1,5 +1,6 @@
 # make demo   prunes resnet20 to an eighth on images of handwritten digits, exports it, measures it, writes the page
 # make test   lint, types, tests
+# make network   what can be checked against the wheels of others: the API of TensorRT, CUDA, ONNX Runtime
 # make slow   the tests that take minutes each
 # make bench-gpu   mixed against regular against dense on an NVIDIA GPU; says so where there is none
 PYTHON ?= python3
@@ -9,7 +10,7 @@ ARTIFACT := $(RUN)/artifacts/onnx-fp32
 # workers of pytest; 0 runs everything in one process
 JOBS ?= 2
 
-.PHONY: demo test slow lint types bench-gpu clean
+.PHONY: demo test network slow lint types bench-gpu clean
 
 demo: .venv/installed
 	rm -rf $(RUN)
@@ -22,6 +23,9 @@ demo: .venv/installed
 
 test: lint types
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not network"
+
+network: .venv/tested
+	$(BIN)/python -m pytest -n $(JOBS) -m network
 
 slow: .venv/tested
 	$(BIN)/python -m pytest -n $(JOBS) -m slow

@@ -32,7 +32,15 @@ from bar_edge.profiling import plot_table, profile_network
 from bar_edge.records import Budget, ChannelPlan, read_json, write_json
 from bar_edge.report import write_report
 from bar_edge.run import PARITY_LIMIT, Run, check_folder, describe_budget, masked_parity, versions
-from bar_edge.specs import build_module, read_data, read_network, sample_images, shape_and_classes, trace_module
+from bar_edge.specs import (
+    SAMPLE_IMAGES,
+    build_module,
+    read_data,
+    read_network,
+    sample_images,
+    shape_and_classes,
+    trace_module,
+)
 from bar_edge.surgery import slice_network
 from bar_edge.table import LatencyTable
 from bar_edge.training import NoProgress, Progress, load_task
@@ -210,16 +218,19 @@ def export_run(
     data: str | None = None,
     max_drop: float | None = None,
     on: str = "local",
+    engine: tuple[str, ...] = (),
     out: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Export a RUN's network as an artifact folder, compare it with torch on real images, and note both.
 
     runtime, threads, choice_seconds: with which `auto` measures, and how long. max_drop: of the metric in INT8, in
-    points. on: where an engine is built. The verdict is no if the file computes something else (an earlier
-    artifact then stays), if `auto` finds the dense network faster, or if the metric drops by more than max_drop.
+    points. on, engine: where an engine is built, and NAME=VALUE of its options. The verdict is no if the file
+    computes something else (an earlier artifact then stays), if `auto` finds the dense network faster, or if the
+    metric drops by more than max_drop.
     """
     targets.check_target(target, precision, on)
+    engine_options = targets.engine_options(engine)
     result, config = _read_result(run), run_config(read_toml(run / "config.toml"))
     network, folder = Network.load(run / "network"), out or run / "artifacts" / f"{target}-{precision}"
     if target == "torch":
@@ -258,12 +269,12 @@ def export_run(
     def as_input(images: torch.Tensor) -> torch.Tensor:
         return ((images * std + mean) * 255).round().to(torch.uint8) if with_preprocessing else images
 
-    images = as_input(sample_images(source))
+    number = targets.BUNDLE_SAMPLES if target.startswith("trt") else SAMPLES
+    images = as_input(sample_images(source, max(number, SAMPLE_IMAGES)))
     final = precision == "fp32" and target in targets.RUNTIMES
     lowered = lower(network, lowering)
     with tempfile.TemporaryDirectory() as scratch:
         first = folder if final else Path(scratch) / "fp32"
-        number = targets.BUNDLE_SAMPLES if target.startswith("trt") else SAMPLES
         manifest = write_artifact(lowered, first, samples=images[:number], spec=spec, reference=network)
         within, parity = bool(manifest["parity"]["within"]), manifest["parity"]["error"]
         if within:
@@ -271,7 +282,7 @@ def export_run(
             within = parity <= manifest["parity"]["tolerance"]
         result["parity"]["sliced_vs_onnx"] = parity
         write_json(run / "result.json", result)
-        speed = None
+        ran: dict[str, Any] = {}
         if within and not final:
             manifest = targets.write_converted(
                 first,
@@ -284,23 +295,31 @@ def export_run(
                 as_input=as_input,
                 max_drop=max_drop,
                 on=on,
+                engine=engine_options,
             )
-            speed = targets.faster_than(folder, first, target, threads)
+        written = within and manifest["parity"]["within"] is not False
+        if written and (not final or target != "onnx"):
+            ran = targets.in_runtime(folder, first, target, threads)
     executed = count_executed(lowered)
     conversion = manifest.get("conversion") or {}
     dropped = max_drop is not None and conversion.get("held_out", {}).get("drop_points", 0.0) > max_drop
-    written = manifest["parity"]["within"] is not False
+    same = not ran or ran["parity"]["within"]
     return {
-        "verdict": within and written and not dropped and (choice is None or choice.faster),
+        "verdict": written and same and not dropped and (choice is None or choice.faster),
         "artifact": str(folder),
         "lowering": lowering,
         "choice": manifest["choice"],
-        "parity": {"sliced_vs_onnx": parity, "images": len(images), precision: manifest["parity"]["error"]},
+        "parity": {
+            **{"sliced_vs_onnx": parity, "images": len(images), precision: manifest["parity"]["error"]},
+            **({targets.RUNTIMES[target]: ran["parity"]["error"]} if ran else {}),
+        },
         "held_out": conversion.get("held_out"),
-        "speedup_over_fp32": speed,
+        "speedup_over_fp32": ran.get("speedup"),
+        "latency": manifest.get("latency"),
+        "warnings": manifest.get("tensorrt", {}).get("slow", []),
         "volume_executed": executed.volume,
         "flops_executed": executed.flops,
-        "bytes": (folder / "model.onnx").stat().st_size if within and written else None,
+        "bytes": (folder / "model.onnx").stat().st_size if written else None,
     }
 
 

@@ -145,11 +145,27 @@ class Latency:
         return ordered[max(0, math.ceil(p / 100 * len(ordered)) - 1)]
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON to a temporary name beside `path`, then rename: the old file stays whole until then."""
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write to a temporary name beside `path`, then rename: the old file stays whole until then.
+
+    Raises InputError where that cannot be done.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data, indent=1, sort_keys=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(
+            f"a place to write {path.name}",
+            got=error.strerror or type(error).__name__,
+            consequence="no file was written",
+        ) from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON as `write_bytes` does."""
+    write_bytes(path, (json.dumps(data, indent=1, sort_keys=False) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:

@@ -40,9 +40,14 @@ def shape_and_classes(data: str | None, input_shape: tuple[int, ...] | None) -> 
 
 
 def sample_images(data: DataSource, number: int = SAMPLE_IMAGES) -> Tensor:
-    """Return the first held-out images, normalised, (number, C, H, W)."""
-    images, _ = next(iter(data.held_out.batches(number, train=False, seed=0, epoch=0, device="cpu", augment="none")))
-    return images
+    """Return the first held-out images, normalised, (number, C, H, W); training images where these are too few."""
+    found: list[Tensor] = []
+    for split in (data.held_out, data.fit):
+        left = number - sum(map(len, found))
+        if left > 0:
+            batches = split.batches(left, train=False, seed=0, epoch=0, device="cpu", augment="none")
+            found.append(next(iter(batches))[0])
+    return torch.cat(found)
 
 
 def read_network(

@@ -14,17 +14,20 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from bar_edge.bench import bench_onnx, compare, runner
+from bar_edge.bench import bench_onnx, compare, measurement, runner, save_measurement
 from bar_edge.bench.ssh import Device, Target
 from bar_edge.data import DataSource, Split
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
 from bar_edge.export.artifact import convert_artifact
 from bar_edge.export.bundle import SCRIPT, write_bundle
+from bar_edge.export.device_build import ENGINE, build_and_check
 from bar_edge.export.parity import cpu_session
 from bar_edge.export.precision import to_half
-from bar_edge.export.tensorrt import import_tensorrt
-from bar_edge.export.verify import MANIFEST, MODEL
+from bar_edge.export.tensorrt import EngineOptions, import_tensorrt, manifest_path
+from bar_edge.export.verify import MANIFEST, MODEL, file_hash
+from bar_edge.models.zoo import parse_arguments
 from bar_edge.network.network import unflatten
+from bar_edge.records import write_json
 from bar_edge.training import Task, evaluate
 from bar_edge_calibration.collect import random_images
 from bar_edge_calibration.quantize import Promise, quantize
@@ -33,7 +36,7 @@ from bar_edge_calibration.recipe import load_recipe
 #: target -> the precisions that it can have
 TARGETS = {
     "onnx": ("fp32", "fp16", "int8"),
-    "openvino": ("fp32", "int8"),
+    "openvino": ("fp32", "fp16", "int8"),
     "trt": ("fp32", "fp16", "bf16", "int8"),
     "trt-bundle": ("fp32", "fp16", "bf16", "int8"),
     "torch": ("fp32",),
@@ -60,6 +63,22 @@ def check_target(target: str, precision: str, on: str) -> None:
         import_tensorrt()
     if on != "local" and target != "trt":
         raise InputError("--on for --target trt, which is built on the device", got=f"--target {target}")
+
+
+def engine_options(texts: tuple[str, ...]) -> EngineOptions:
+    """Read `batch=1,4,8`, `batch=4` or other fields of EngineOptions; raises InputError for anything else."""
+    defaults = dataclasses.asdict(EngineOptions())
+    defaults.pop("timing_caches")  # where the engine is built
+    given: dict[str, Any] = dict(parse_arguments(texts))
+    if "batch" in given:
+        sizes = tuple(int(size) for size in str(given["batch"]).split(",") if size.isdigit())
+        given["batch"] = {1: 3 * sizes, 3: sizes}.get(len(sizes))
+    if any(type(value) is not type(defaults.get(name, type)) for name, value in given.items()):
+        known = ", ".join(f"{name}={value}" for name, value in (defaults | {"batch": "1,1,1"}).items())
+        raise InputError(
+            f"options of an engine out of {known}", got=", ".join(texts), consequence="nothing was written"
+        )
+    return EngineOptions(**given)
 
 
 def for_speed(target: str, precision: str) -> Callable[[Path], None] | None:
@@ -102,6 +121,7 @@ def write_converted(
     as_input: Callable[[Tensor], Tensor],
     max_drop: float | None,
     on: str,
+    engine: EngineOptions,
 ) -> dict[str, Any]:
     """Write the artifact of a target from one in float32, and return its manifest."""
     on_device = target.startswith("trt")
@@ -123,7 +143,7 @@ def write_converted(
             source = whole
         elif not on_device:
             return convert_artifact(source, folder, target=target, precision=precision, convert=_to_fp16)
-        return write_trt(source, folder, target=target, precision=precision, on=on)
+        return write_trt(source, folder, target=target, precision=precision, on=on, engine=engine)
 
 
 def _to_fp16(model: Path, new: Path) -> None:
@@ -167,48 +187,68 @@ def write_int8(
     return convert_artifact(source, folder, target=target, precision="int8", convert=convert, own_outputs=True)
 
 
-def faster_than(folder: Path, source: Path, target: str, threads: int) -> dict[str, Any] | None:
-    """Measure an artifact in turn with the one in float32 that it was made of; None where no runtime here runs it."""
-    if target not in RUNTIMES:
-        return None
-    # a file of another recipe may kill a runtime: that is a process of its own
-    pair = bench_onnx([folder / MODEL, source / MODEL], runtime=RUNTIMES[target], threads=threads, seconds=1.0)
-    found = compare(pair[0], pair[1])
-    return {"speedup": found.speedup, "low": found.low, "high": found.high}
+def in_runtime(folder: Path, source: Path, target: str, threads: int) -> dict[str, Any]:
+    """Compare an artifact in its target's runtime, and measure it in turn with the one in float32 that it was made of.
 
-
-def write_engine(bundle: Path, folder: Path, on: str) -> dict[str, Any]:
-    """Build the engine of a bundle here or on a device, and return what its build script says of it.
-
-    The engine is compared with the expected outputs where it was built; a wrong one is removed there. Raises
-    EnvironmentLacks without TensorRT or GPU, BarEdgeError if the build fails.
+    Returns `parity` and, unless both are the same, `speedup`; nothing where no runtime here runs it.
     """
-    if on == "local":
-        from bar_edge.export.device_build import build_and_check
-
-        return build_and_check(bundle)
-    with Device(Target.parse(on)) as device:
-        device.send({path.name: path for path in bundle.iterdir()})
-        done = device.run(["sh", SCRIPT], stdin=MANIFEST, timeout_s=BUILD_S)
-        if done.returncode == 3:
-            raise EnvironmentLacks("TensorRT on the device", got=done.stderr.strip()[-300:])
-        if done.returncode not in (0, 1):
-            raise BarEdgeError("an engine", got=done.stderr.strip()[-300:], consequence="nothing was written")
-        answer: dict[str, Any] = json.loads(done.stdout) if done.stdout.strip() else {"within": None}
-        if done.returncode == 0:
-            names = ["model.engine", *(["model.engine.json"] if answer["within"] else [])]
-            device.fetch(names, folder)
+    if target not in RUNTIMES:
+        return {}
+    # a file of another recipe may kill a runtime: that is a process of its own
+    files = list(dict.fromkeys([folder / MODEL, source / MODEL]))
+    found = bench_onnx(files, runtime=RUNTIMES[target], threads=threads, seconds=1.0)
+    answer: dict[str, Any] = {"parity": found[0].parity}
+    if len(found) > 1:
+        comparison = compare(found[0], found[1])
+        answer["speedup"] = {name: getattr(comparison, name) for name in ("speedup", "low", "high")}
     return answer
 
 
-def write_trt(source: Path, folder: Path, *, target: str, precision: str, on: str) -> dict[str, Any]:
+def write_engine(bundle: Path, on: str) -> dict[str, Any]:
+    """Build the engine of a bundle here or on a device, beside it, and return what its build script says of it.
+
+    The engine is compared with the expected outputs and measured where it was built; a wrong one is removed. Raises
+    EnvironmentLacks without TensorRT's Python bindings or GPU, BarEdgeError if the build fails.
+    """
+    if on == "local":
+        return build_and_check(bundle)
+    kept = f"no engine was brought here; its bundle is {bundle.name}"
+    with Device(Target.parse(on)) as device:
+        device.send({path.name: path for path in bundle.iterdir() if path.is_file()})
+        done = device.run(["sh", SCRIPT], stdin=MANIFEST, timeout_s=BUILD_S)
+        said = done.stderr.strip()[-300:]
+        if done.timed_out:
+            raise BarEdgeError(f"an engine within {BUILD_S:g} s", got="none yet", consequence=kept)
+        if done.returncode == 3 or (done.returncode == 0 and not done.stdout.strip()):
+            remedy = f"apt install python3-libnvinfer python3-numpy there (JetPack), or sh {SCRIPT} by hand"
+            raise EnvironmentLacks("TensorRT with its Python bindings there", got=said, consequence=kept, remedy=remedy)
+        if done.returncode not in (0, 1):
+            raise BarEdgeError("an engine that builds and runs", got=said, consequence=kept)
+        answer: dict[str, Any] = json.loads(done.stdout)
+        if answer["models"][0]["parity"]["within"]:
+            device.fetch([ENGINE, manifest_path(Path(ENGINE)).name], bundle)
+    return answer
+
+
+def write_trt(
+    source: Path, folder: Path, *, target: str, precision: str, on: str, engine: EngineOptions
+) -> dict[str, Any]:
     """Write a bundle from an artifact, for `trt` with the engine that it builds; returns the manifest."""
-    manifest = write_bundle(source, folder, precision=precision, runner=Path(runner.__file__))
-    if target == "trt" and manifest["parity"]["within"] is not False:
-        manifest["built"] = write_engine(folder, folder, on)
-        # an engine that trtexec built was compared with nothing, which is not enough
-        built = {"error": manifest["built"].get("error"), "within": manifest["built"]["within"] is True}
-        manifest["parity"] = {**manifest["parity"], **built}
+    manifest = write_bundle(source, folder, precision=precision, options=engine, runner=Path(runner.__file__))
+    if target == "trt" and manifest["parity"]["within"]:
+        answer = write_engine(folder, on)
+        parity = answer["models"][0]["parity"]
+        if parity["within"]:
+            measured = measurement(folder / MODEL, answer["models"][0], answer, on)
+            manifest["latency"] = {
+                "p50_ms": measured.percentile_ms(50),
+                "parts_p50_ms": {part: times["p50"] for part, times in (measured.parts_ms or {}).items()},
+                "batch": measured.batch,
+                "file": save_measurement(folder, measured).name,
+            }
+            manifest["files"][ENGINE] = {"sha256": file_hash(folder / ENGINE)}
+        manifest |= {"target": "trt", "parity": {"samples": parity.pop("n"), **parity}}
+        write_json(folder / MANIFEST, manifest)
     return manifest
 
 

@@ -36,6 +36,7 @@ from bar_edge.bench import (
 from bar_edge.bench.runner import BURST, MIN_RUNS, UNTIMED, interleave, read_safetensors, warm_up
 from bar_edge.errors import EnvironmentLacks, InputError
 from bar_edge.records import Budget
+from tests.tensorrt_surface import download
 
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
 
@@ -132,6 +133,56 @@ def test_onnxruntime_cuda_without_a_gpu_says_so(tmp_path: Path) -> None:
         pytest.skip("this ONNX Runtime has CUDA")
     with pytest.raises(EnvironmentLacks, match="onnxruntime-gpu"):
         bench_onnx([relu_file(tmp_path / "a.onnx")], runtime="onnxruntime-cuda")
+
+
+def tensorrt_options(path: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> dict[str, str]:
+    """Return what the runner asks of ONNX Runtime's TensorRT provider."""
+    import onnxruntime
+
+    given: list[tuple[str, dict[str, str]]] = []
+
+    def session(_path: str, _options: object, *, providers: list[tuple[str, dict[str, str]]], **_: int) -> object:
+        given.extend(providers)
+        raise RuntimeError("Please install TensorRT libraries")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    with pytest.raises(runner.Problem) as caught:
+        runner.RUNTIMES["onnxruntime-tensorrt"](path, path.name, runner.Settings(1, 1, precision, True))
+    assert caught.value.fields["kind"] == "EnvironmentLacks" and "TensorRT" in caught.value.fields["remedy"]
+    assert [name for name, _ in given] == ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
+    return given[0][1]
+
+
+def test_onnxruntimes_tensorrt_is_allowed_what_the_precision_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = relu_file(tmp_path / "a.onnx")
+    caches = set()
+    for precision in runner.PRECISIONS["onnxruntime-tensorrt"]:
+        options = tensorrt_options(path, monkeypatch, precision)
+        flags = {name for name in options if re.fullmatch("trt_(fp16|bf16|int8)_enable", name)}
+        assert flags == ({f"trt_{precision}_enable"} if precision != "fp32" else set())
+        caches.add(options["trt_engine_cache_path"])
+    path.write_bytes(relu_file(tmp_path / "b.onnx", (5, 3, 4, 4)).read_bytes())
+    caches.add(tensorrt_options(path, monkeypatch, "fp32")["trt_engine_cache_path"])
+    assert len(caches) == 2, "an engine of an older file would be taken for this one"
+    assert all(Path(cache).parent == tmp_path for cache in caches)
+
+
+@pytest.mark.network
+def test_the_real_onnxruntime_knows_our_tensorrt_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bindings take apart each option by name, and say what its value should be."""
+    try:
+        wheel = download("onnxruntime-gpu==1.31.1", tmp_path)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"onnxruntime-gpu cannot be downloaded: {type(error).__name__}")
+    (bindings,) = wheel.glob("onnxruntime/capi/onnxruntime_pybind11_state*.so")
+    text = bindings.read_bytes().decode("latin-1")
+    for precision in runner.PRECISIONS["onnxruntime-tensorrt"]:
+        for name, value in tensorrt_options(relu_file(tmp_path / "a.onnx"), monkeypatch, precision).items():
+            said = re.search(f"The value for the key '{name}' should be ([^\0]*)", text)
+            assert said and (value in said.group(1) if name.endswith("_enable") else "a path" in said.group(1)), name
 
 
 def test_what_runs_on_the_device_is_old_python_and_imports_little() -> None:
@@ -274,7 +325,7 @@ def test_an_earlier_measurement_survives_a_failed_write(tmp_path: Path, monkeypa
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(InputError, match="No space left"):
         save_measurement(model, latency([2.0] * 10))
     assert path.read_text() == before

@@ -8,25 +8,25 @@ import sys
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import TensorProto
-from safetensors.numpy import load_file
 
-from bar_edge.errors import InputError
+from bar_edge.bench import bench_onnx, runner, runtimes_here
+from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
 from bar_edge.export.artifact import ArtifactSpec, write_artifact
 from bar_edge.export.bundle import build_script, write_bundle
-from bar_edge.export.device_build import read_safetensors
 from bar_edge.export.lowering import lower
 from bar_edge.export.tensorrt import EngineOptions
 from bar_edge.export.verify import file_hash
 from bar_edge.models import build
 from bar_edge.network import trace
+from tests.fake_tensorrt import SURFACE
 from tests.reference import randomise
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+RUNNER = Path(runner.__file__)
 OPTIONS = EngineOptions(batch=(1, 4, 8), workspace_mib=512)
 SAMPLES = 30
 
@@ -44,10 +44,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bundle(artifact: Path, tmp_path: Path) -> Path:
-    runner = tmp_path / "runner.py"
-    runner.write_text("print('measured')\n")
     folder = tmp_path / "bundle"
-    write_bundle(artifact, folder, precision="fp16", options=OPTIONS, runner=runner)
+    write_bundle(artifact, folder, precision="fp16", options=OPTIONS, runner=RUNNER)
     return folder
 
 
@@ -66,15 +64,27 @@ sys.modules[__name__] = make_tensorrt(world, driver)
 
 
 @pytest.fixture
-def device(tmp_path: Path):
+def site(tmp_path: Path) -> Path:
+    """A folder for PYTHONPATH with a pretended TensorRT."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "tests").symlink_to(REPOSITORY / "tests")
+    (folder / "tensorrt.py").write_text(SHIM)
+    return folder
+
+
+@pytest.fixture
+def trtexec(tmp_path: Path) -> Path:
+    """A stand-in for trtexec."""
+    program = tmp_path / "trtexec"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {REPOSITORY}/tests/fake_trtexec.py "$@"\n')
+    program.chmod(0o755)
+    return program
+
+
+@pytest.fixture
+def device(site: Path, trtexec: Path):
     """A machine with a pretended TensorRT and without bar_edge; returns how to run a program there."""
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "tests").symlink_to(REPOSITORY / "tests")
-    (site / "tensorrt.py").write_text(SHIM)
-    trtexec = tmp_path / "trtexec"
-    trtexec.write_text(f'#!/bin/sh\nexec {sys.executable} {REPOSITORY}/tests/fake_trtexec.py "$@"\n')
-    trtexec.chmod(0o755)
 
     def run(*command: str, cwd: Path, world: dict | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **variables}
@@ -106,21 +116,21 @@ def test_what_is_in_a_bundle(bundle: Path, artifact: Path) -> None:
 
 
 def test_the_same_bundle_gives_the_same_bytes(bundle: Path, artifact: Path, tmp_path: Path) -> None:
-    write_bundle(artifact, tmp_path / "again", precision="fp16", options=OPTIONS, runner=tmp_path / "runner.py")
+    write_bundle(artifact, tmp_path / "again", precision="fp16", options=OPTIONS, runner=RUNNER)
     for path in bundle.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
 
 def test_precisions(artifact: Path, tmp_path: Path) -> None:
-    exact = write_bundle(artifact, tmp_path / "fp32", precision="fp32")
+    exact = write_bundle(artifact, tmp_path / "fp32", precision="fp32", runner=RUNNER)
     assert file_hash(tmp_path / "fp32" / "model.onnx") == file_hash(artifact / "model.onnx")
     assert exact["parity"]["tolerance"] == 1e-4 and exact["tensorrt"]["accepted_by"] == ["10.3", "10.16", "11"]
-    coarse = write_bundle(artifact, tmp_path / "bf16", precision="bf16")
+    coarse = write_bundle(artifact, tmp_path / "bf16", precision="bf16", runner=RUNNER)
     assert coarse["parity"]["within"] and coarse["parity"]["error"] > 1e-4 and coarse["parity"]["samples"] == 4
     assert coarse["tensorrt"]["accepted_by"] == ["10.16", "11"]
     for precision in ("int8", "fp8"):
         with pytest.raises(InputError, match="artifact in"):
-            write_bundle(artifact, tmp_path / "no", precision=precision)
+            write_bundle(artifact, tmp_path / "no", precision=precision, runner=RUNNER)
     assert not (tmp_path / "no").exists()
 
 
@@ -131,14 +141,8 @@ def test_a_rejected_graph_makes_no_bundle(artifact: Path, tmp_path: Path) -> Non
     model.opset_import[0].version = 20
     onnx.save(model, bad / "model.onnx")
     with pytest.raises(InputError, match="opset 20"):
-        write_bundle(bad, tmp_path / "bundle", precision="fp32")
+        write_bundle(bad, tmp_path / "bundle", precision="fp32", runner=RUNNER)
     assert not (tmp_path / "bundle").exists()
-
-
-def test_samples_are_read_as_safetensors_does(bundle: Path) -> None:
-    ours, theirs = read_safetensors(bundle / "samples.safetensors"), load_file(bundle / "samples.safetensors")
-    assert ours.keys() == theirs.keys()
-    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("version", ["10.3", "11.4"])
@@ -146,9 +150,11 @@ def test_build_with_python_compares_and_measures(version: str, bundle: Path, dev
     done = device("sh", "build.sh", cwd=bundle, world={"version": version})
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
+    (found,) = answer["models"]
     # the stand-in runs the fp16 file in ONNX Runtime
-    assert answer["within"] and answer["samples"] == SAMPLES and answer["error"] < 2e-2
-    assert answer["latency"]["compute_ms"]["p50"] == 4.0 and answer["latency"]["batch"] == 4
+    assert found["parity"]["within"] and found["parity"]["n"] == SAMPLES and found["parity"]["error"] < 2e-2
+    assert found["parts_ms"]["compute"] == {"p50": 4.0, "p90": 4.0} and len(found["samples_ms"]) >= 10
+    assert answer["environment"]["batch"] == 4 and answer["engine"]["tensorrt"] == SURFACE[version]["version"]
     assert (bundle / "model.engine").is_file()
     assert json.loads((bundle / "model.engine.json").read_text())["rebuild"] == "sh build.sh"
 
@@ -156,7 +162,7 @@ def test_build_with_python_compares_and_measures(version: str, bundle: Path, dev
 def test_a_fast_but_wrong_engine_is_removed(bundle: Path, device) -> None:
     done = device("sh", str(bundle / "build.sh"), cwd=bundle.parent, world={"wrong_by": 5.0})
     assert done.returncode == 1, done.stderr
-    assert json.loads(done.stdout)["within"] is False and "something else" in done.stderr
+    assert json.loads(done.stdout)["models"][0]["parity"]["within"] is False and "something else" in done.stderr
     assert not (bundle / "model.engine").exists() and not (bundle / "model.engine.json").exists()
 
 
@@ -249,6 +255,27 @@ def test_the_device_needs_python_3_10_only(bundle: Path) -> None:
 
     with zipfile.ZipFile(bundle / "build.pyz") as archive:
         names = [name for name in archive.namelist() if name.endswith(".py")]
-        assert len(names) == 7
+        assert len(names) == 8
         for name in names:
             ast.parse(archive.read(name), feature_version=(3, 10))
+
+
+def test_an_onnx_file_is_measured_as_an_engine(artifact: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
+    monkeypatch.setenv("FAKE_WORLD", json.dumps({"version": "10.16"}))
+    (found,) = bench_onnx([artifact], runtime="tensorrt", batch=4, seconds=0.05)
+    assert found.parity is not None and found.parity["within"] and found.parity["n"] == SAMPLES
+    medians = {part: times["p50"] for part, times in (found.parts_ms or {}).items()}
+    assert (medians["h2d"], medians["compute"], medians["d2h"]) == (0.25, 4.0, 0.5) and medians["enqueue"] > 0
+    assert found.environment["runtime_version"] == SURFACE["10.16"]["version"] and "gpu_name" in found.environment
+    assert {path.name for path in artifact.iterdir()} == {"model.onnx", "samples.safetensors", "manifest.json"}
+    assert runtimes_here()["tensorrt"] == f"works, version {SURFACE['10.16']['version']}"
+    monkeypatch.setenv("FAKE_WORLD", json.dumps({"wrong_by": 1.0}))
+    (wrong,) = bench_onnx([artifact], runtime="tensorrt", seconds=0.05)
+    assert wrong.parity is not None and not wrong.parity["within"]
+    monkeypatch.setenv("FAKE_WORLD", json.dumps({"devices": 0}))
+    with pytest.raises(EnvironmentLacks, match="CUDA_ERROR_NO_DEVICE"):
+        bench_onnx([artifact], runtime="tensorrt")
+    monkeypatch.setenv("FAKE_WORLD", json.dumps({"build_error": "Could not find any implementation for node /x."}))
+    with pytest.raises(BarEdgeError, match="no workspace limit"):
+        bench_onnx([artifact], runtime="tensorrt")

@@ -13,6 +13,7 @@ LAYERS = [
         "bar_edge.records",
         "bar_edge.errors",
         "bar_edge.config",
+        "bar_edge.packed",
         "bar_edge.user_code",
         "bar_edge.table",
         "bar_edge_kernels",

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
+from safetensors.numpy import load_file
 
 from bar_edge.config import RunConfig, TrainConfig
-from bar_edge.errors import EnvironmentLacks, InputError
-from bar_edge.pipeline import export_run, prune, verify
+from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
+from bar_edge.export.parity import TOLERANCES
+from bar_edge.pipeline import bench, export_run, prune, verify
 from bar_edge.records import read_json
+from bar_edge.targets import write_engine
+from bar_edge_cli.main import main
+from tests.test_bundle import site, trtexec  # noqa: F401  fixtures
+from tests.test_ssh import Server, running, server  # noqa: F401  fixtures
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +64,14 @@ def test_int8_says_what_it_costs_and_keeps_the_promise_or_not(run: Path, tmp_pat
         ]
 
 
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_a_file_for_openvino_is_compared_there(run: Path, tmp_path: Path, precision: str) -> None:
+    answer = export_run(run, target="openvino", precision=precision, lowering="slices", out=tmp_path / "file")
+    assert answer["verdict"] and 0 < answer["parity"]["openvino-cpu"] <= TOLERANCES[precision]
+    assert (answer["speedup_over_fp32"] is None) == (precision == "fp32")
+
+
 def test_a_bundle_for_a_device_has_all_it_needs(run: Path, tmp_path: Path) -> None:
     answer = export_run(run, target="trt-bundle", precision="fp16", out=tmp_path / "bundle")
     assert answer["verdict"] and answer["lowering"] == "regular:8"
@@ -70,6 +86,79 @@ def test_a_bundle_for_a_device_has_all_it_needs(run: Path, tmp_path: Path) -> No
         "README.md",
     }
     assert not operators(tmp_path / "bundle") & {"ScatterND", "ScatterElements", "Gather"}
+    manifest = read_json(tmp_path / "bundle" / "manifest.json")
+    tensors = load_file(tmp_path / "bundle" / "samples.safetensors")
+    assert manifest["parity"]["samples"] == len(tensors["input"]) == len(tensors["output"]) == 256
+    assert len(np.unique(tensors["input"], axis=0)) > 250, "the same images again"
+
+
+def test_bf16_is_verified_too(run: Path, tmp_path: Path) -> None:
+    assert export_run(run, target="trt-bundle", precision="bf16", out=tmp_path / "bundle")["verdict"]
+    answer = verify(tmp_path / "bundle")
+    assert answer["verdict"] and answer["checks"][-1]["detail"].endswith("on 4 samples")
+    with (tmp_path / "bundle" / "run.py").open("a") as stream:
+        stream.write("# changed\n")
+    assert not verify(tmp_path / "bundle")["verdict"]
+
+
+# ------------------------------------------------------------------------------------------ an engine elsewhere
+
+
+def exported(run: Path, folder: Path, on: str, *options: str) -> int:
+    command = ["export", str(run), "--target", "trt", "--precision", "fp16", "--on", on, "--out", str(folder)]
+    return main([*command, *options])
+
+
+def test_an_engine_is_built_compared_and_measured_on_a_device(
+    run: Path,
+    server: Server,  # noqa: F811
+    site: Path,  # noqa: F811
+    trtexec: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Against a real OpenSSH server; the device's TensorRT is pretended."""
+
+    def device(**world: object) -> None:
+        server.login_runs(f"export PYTHONPATH='{site}' FAKE_WORLD='{json.dumps(world)}' OMP_NUM_THREADS=1")
+
+    engine = tmp_path / "engine"
+    device(version="10.3")
+    assert exported(run, engine, server.target, "--engine", "batch=1,1,8", "--engine", "workspace_mib=64") == 0
+    assert read_json(engine / "model.engine.json")["profile"] == {"input": [[n, 1, 8, 8] for n in (1, 1, 8)]}
+    manifest = read_json(engine / "manifest.json")
+    assert manifest["target"] == "trt" and manifest["parity"]["samples"] == 256 and manifest["parity"]["within"]
+    assert read_json(engine / "model.engine.json")["gpu"]["name"] == "Orin"
+    (measured,) = engine.glob("bench-tensorrt-t1-b1-*.json")
+    assert manifest["latency"]["file"] == measured.name and manifest["latency"]["parts_p50_ms"]["d2h"] == 0.5
+    assert read_json(measured)["parts_ms"]["compute"]["p50"] == 4.0 and len(read_json(measured)["samples_ms"]) >= 10
+    assert "127.0.0.1" not in "".join(path.read_text(errors="ignore") for path in engine.iterdir())
+    checks = verify(engine)
+    assert checks["verdict"] and "hash of model.engine" in {check["name"] for check in checks["checks"]}
+
+    # the engine that came back runs on its device, and on no other
+    answer = bench(engine, runtime="tensorrt", seconds=0.05, on=server.target)
+    assert answer["parity"]["within"] and answer["parts_ms"]["h2d"]["p50"] == 0.25
+    device(version="10.3", gpu="Thor", compute_capability=[11, 0])
+    with pytest.raises(EnvironmentLacks, match=r"(?s)Thor.*built for Orin.*sh build\.sh"):
+        bench(engine, runtime="tensorrt", seconds=0.05, on=server.target)
+
+    device(version="11.4", wrong_by=5.0)
+    assert exported(run, tmp_path / "wrong", server.target) == 1
+    assert not list((tmp_path / "wrong").glob("model.engine*"))
+    assert read_json(tmp_path / "wrong" / "manifest.json")["parity"]["within"] is False
+
+    server.login_runs("export TRTEXEC=/nonexistent")
+    assert exported(run, tmp_path / "bundle", server.target) == 3
+    assert "python3-libnvinfer" in capsys.readouterr().err
+
+    device(version="10.3", build_error="Could not find any implementation for node /x.")
+    with pytest.raises(BarEdgeError, match="no workspace limit"):
+        write_engine(tmp_path / "bundle", server.target)
+    server.login_runs(f"export TRTEXEC='{trtexec}'")
+    with pytest.raises(EnvironmentLacks, match="NOT compared"):
+        write_engine(tmp_path / "bundle", server.target)
+    assert list(tmp_path.glob("*/model.engine")) == [engine / "model.engine"]
 
 
 def test_what_is_missing_is_said_before_anything_is_done(run: Path, tmp_path: Path) -> None:
@@ -79,6 +168,9 @@ def test_what_is_missing_is_said_before_anything_is_done(run: Path, tmp_path: Pa
         export_run(tmp_path, target="onnx", precision="bf16")
     with pytest.raises(InputError, match="--target trt"):
         export_run(run, target="onnx", on="ssh://board")
+    for wrong in ("batch=1,4", "batch=many", "dla_core=all", "timing_caches=here", "fp16=true"):
+        with pytest.raises(InputError, match=r"workspace_mib=0.*|batch range"):
+            export_run(run, target="trt-bundle", engine=(wrong,))
     if importlib.util.find_spec("tensorrt") is None:
         with pytest.raises(EnvironmentLacks, match="TensorRT"):
             export_run(run, target="trt", out=tmp_path / "engine")

@@ -21,6 +21,9 @@ from bar_edge.methods.projection import random_plan
 from bar_edge.models import ZOO, build
 from bar_edge.network import Network, count, trace
 from bar_edge.surgery import slice_network
+from bar_edge_calibration.collect import random_images
+from bar_edge_calibration.quantize import quantize
+from bar_edge_calibration.recipe import load_recipe
 from tests.reference import randomise
 
 FLOAT = TensorProto.FLOAT
@@ -226,22 +229,30 @@ def sliced(name: str, factor: int, seed: int = 0) -> Network:
 
 
 FAST = [("wrn-10-1", 4), ("wrn-10-1", 16)]
-CELLS = [*FAST, *(pytest.param(name, factor, marks=pytest.mark.slow) for name in ZOO for factor in (4, 16))]
+#: docs/zoo.md
+NETWORKS = (*ZOO, "wrn-16-2", "wrn-16-4", "wrn-28-10")
+CELLS = [*FAST, *(pytest.param(name, factor, marks=pytest.mark.slow) for name in NETWORKS for factor in (4, 16))]
 
 
 @pytest.mark.parametrize(("name", "factor"), CELLS)
 def test_sliced_zoo_networks_are_not_rejected(name: str, factor: int, tmp_path: Path) -> None:
     network = sliced(name, factor)
+    path, other = tmp_path / "fp32.onnx", tmp_path / "other.onnx"
     for form in ("slices", "zero-filled", "regular"):
-        path, half = tmp_path / f"{form}.onnx", tmp_path / f"{form}-half.onnx"
         export_onnx(lower(network, form), network.input_shapes, path)
         require_accepted(path)
-        to_half(path, half, "fp16")
-        require_accepted(half)
-        to_half(path, half, "bf16")
-        require_accepted(half, ("10.16", "11"))
-    with pytest.raises(InputError, match="opset 22"):
-        require_accepted(half, ("10.3",))
+        to_half(path, other, "fp16")
+        require_accepted(other)
+        to_half(path, other, "bf16")
+        require_accepted(other, ("10.16", "11"))
+        with pytest.raises(InputError, match="opset 22"):
+            require_accepted(other, ("10.3",))
+        images = random_images(onnx.load(path), 64, 0)
+        quantize(path, other, images=images, data="random", recipe=load_recipe("tensorrt"))
+        found = require_accepted(other)
+        assert not [f for f in found if "only one input of the addition" in f.reason]
+        quantised = [n for n in onnx.load(other).graph.node if n.op_type == "QuantizeLinear"]
+        assert len(quantised) > sum(n.op_type in ("Conv", "Gemm") for n in onnx.load(other).graph.node)
 
 
 def test_the_literal_lowering_is_rejected(tmp_path: Path) -> None:

@@ -16,14 +16,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import bar_edge
 from bar_edge.bench import runner
 from bar_edge.bench.ssh import Device, Finished, Target
 from bar_edge.bench.statistics import Comparison, drift, median_interval, meets
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
+from bar_edge.packed import packed
 from bar_edge.records import Budget, Latency, read_json, write_json
 
 RUNTIMES = tuple(runner.RUNTIMES)
-_ERRORS = {"InputError": InputError, "EnvironmentLacks": EnvironmentLacks}
+_ERRORS = {"InputError": InputError, "EnvironmentLacks": EnvironmentLacks, "BarEdgeError": BarEdgeError}
+#: that the building of an engine may take, per file
+_BUILD_SECONDS = 1200.0
 _NOTHING = "nothing was measured"
 
 
@@ -33,6 +37,8 @@ class Measurement(Latency):
 
     #: processor time of each run, over all threads: what one thread would have taken undisturbed
     cpu_samples_ms: tuple[float, ...] = ()
+    #: p50 and p90 of the parts of a run in ms, where the runtime tells them: h2d, compute, d2h, enqueue, total
+    parts_ms: dict[str, Any] | None = None
     #: error against the outputs that the artifact carries, tolerance, within, n; None for a file without samples
     parity: dict[str, Any] | None = None
     #: whether the time per run had settled when the measuring began
@@ -75,28 +81,31 @@ def bench_onnx(
         "expect": dict(expect) if expect is not None else None,
     }
     described = [_describe(model) for model in models]
-    limit = timeout_s or 120 + 3 * seconds * len(files)
+    build_s = _BUILD_SECONDS if runtime in runner.BUILDERS else 0
+    limit = timeout_s or 120 + (3 * seconds + build_s) * len(files)
     if on == "local":
         finished = _run_here({**request, "files": described}, limit)
     else:
         finished = _run_there(Target.parse(on), request, described, limit)
     answer = _answer(finished, "" if on == "local" else f" on {on}", limit)
-    return [
-        Measurement(
-            name=_name(model),
-            samples_ms=tuple(found.pop("samples_ms")),
-            cpu_samples_ms=tuple(found.pop("cpu_samples_ms")),
-            batch=batch,
-            environment={
-                "on": on.partition(":")[0],  # not the host's name: it stays here
-                **answer["environment"],
-                "model_sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
-            },
-            conditions=answer["conditions"],
-            **found,
-        )
-        for model, found in zip(models, answer["models"], strict=True)
-    ]
+    return [measurement(model, found, answer, on) for model, found in zip(models, answer["models"], strict=True)]
+
+
+def measurement(model: Path, found: dict[str, Any], answer: dict[str, Any], on: str) -> Measurement:
+    """Return one model's part of the runner's answer as a record."""
+    return Measurement(
+        name=_name(model),
+        samples_ms=tuple(found["samples_ms"]),
+        cpu_samples_ms=tuple(found["cpu_samples_ms"]),
+        batch=answer["environment"]["batch"],
+        environment={
+            "on": on.partition(":")[0],  # not the host's name: it stays here
+            **answer["environment"],
+            "model_sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
+        },
+        conditions=answer["conditions"],
+        **{name: found[name] for name in ("warmup_runs", "warmup_stable", "parity", "parts_ms")},
+    )
 
 
 def summary(
@@ -119,6 +128,7 @@ def summary(
         "median_interval_ms": dataclasses.asdict(interval) if interval else None,
         "cpu_median_ms": statistics.median(latency.cpu_samples_ms) if latency.cpu_samples_ms else None,
         "min_ms": min(latency.samples_ms),
+        "parts_ms": latency.parts_ms,
         "throughput_per_s": 1e3 * latency.batch * len(latency.samples_ms) / sum(latency.samples_ms),
         "drift": drift(latency),
         "budget": {"text": budget.text, "limit_ms": budget.absolute, "within": meets(latency, budget)}
@@ -175,12 +185,7 @@ def save_measurement(
         "samples_ms": latency.samples_ms,
         "cpu_samples_ms": latency.cpu_samples_ms,
     }
-    try:
-        write_json(path, data)
-    except OSError as error:
-        raise InputError(
-            f"a place to write {path.name}", got=error.strerror or "", consequence="the measurement was not saved"
-        ) from error
+    write_json(path, data)
     return path
 
 
@@ -270,7 +275,7 @@ def _run_here(request: dict[str, Any], timeout_s: float) -> Finished:
     try:
         done = subprocess.run(
             command,
-            input=json.dumps(request),
+            input=json.dumps({**request, "modules": str(Path(bar_edge.__file__).parents[1])}),
             capture_output=True,
             encoding="utf-8",
             errors="replace",
@@ -285,6 +290,8 @@ def _run_here(request: dict[str, Any], timeout_s: float) -> Finished:
 
 def _run_there(target: Target, request: dict[str, Any], described: list[dict[str, Any]], timeout_s: float) -> Finished:
     files: dict[str, Path | bytes] = {"runner.py": Path(runner.__file__)}
+    if request["runtime"] == "tensorrt":
+        files["build.pyz"] = packed()
     there = []
     for i, file in enumerate(described):
         moved = dict(file)
@@ -292,8 +299,12 @@ def _run_there(target: Target, request: dict[str, Any], described: list[dict[str
             if key in file:
                 moved[key] = f"{i}.{suffix}"
                 files[moved[key]] = Path(file[key])
+        for suffix in (".engine", ".engine.json"):
+            beside = Path(file["path"]).with_suffix(suffix)
+            if request["runtime"] == "tensorrt" and beside.is_file():
+                files[f"{i}{suffix}"] = beside
         there.append(moved)
-    files["request.json"] = json.dumps({**request, "files": there}).encode()
+    files["request.json"] = json.dumps({**request, "files": there, "modules": "build.pyz"}).encode()
     with Device(target) as device:
         device.send(files)
         return device.run(["python", "runner.py"], stdin="request.json", timeout_s=timeout_s)

@@ -19,6 +19,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,6 +65,8 @@ class Settings(NamedTuple):
     precision: str
     #: no other model runs in this process
     alone: bool
+    #: where Python finds the modules of bar-edge that build and run an engine, for TensorRT
+    modules: str = ""
 
 
 class Loaded(NamedTuple):
@@ -75,6 +78,8 @@ class Loaded(NamedTuple):
     #: (numpy dtype, shape) of each input; an axis of free size is a text or None
     inputs: list[tuple[str, list[Any]]]
     version: str
+    #: of every run, in order: milliseconds by its parts; None where the runtime does not tell
+    parts: list[Any] | None = None
 
 
 # ---------------------------------------------------------------------------------------- runtimes
@@ -88,6 +93,55 @@ def load_onnxruntime_cpu(path: Path, name: str, settings: Settings) -> Loaded:
 def load_onnxruntime_cuda(path: Path, name: str, settings: Settings) -> Loaded:
     """Load an ONNX file in ONNX Runtime on an NVIDIA GPU; a run copies the inputs there and the outputs back."""
     return _load_onnxruntime(path, name, settings, "CUDAExecutionProvider", {"use_tf32": "0"})
+
+
+def load_onnxruntime_tensorrt(path: Path, name: str, settings: Settings) -> Loaded:
+    """Load an ONNX file in ONNX Runtime with TensorRT; its engines are kept beside the file.
+
+    What TensorRT does not take runs on the CUDA provider. The cache's folder is named after what is in the file and
+    ONNX Runtime's version: the provider itself knows an engine by its file's name only.
+    """
+    import hashlib
+
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # fp32 means fp32; the provider has no option for it
+    version = str(package("onnxruntime", "onnxruntime-gpu").__version__)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    cache = str(path.parent / f"engines-{digest}-{version}")
+    allowed = [] if settings.precision == "fp32" else [f"trt_{settings.precision}_enable"]
+    flags = ("trt_engine_cache_enable", "trt_timing_cache_enable", *allowed)
+    options = {"trt_engine_cache_path": cache, "trt_timing_cache_path": cache, **dict.fromkeys(flags, "True")}
+    return _load_onnxruntime(path, name, settings, "TensorrtExecutionProvider", options)
+
+
+def load_tensorrt(path: Path, name: str, settings: Settings) -> Loaded:
+    """Load the engine beside an ONNX file, or build one for this batch; a run copies inputs there and outputs back."""
+    package("numpy")
+    if sys.version_info < (3, 10):
+        raise Problem("EnvironmentLacks", "Python 3.10 for TensorRT", f"Python {platform.python_version()}")
+    sys.path.insert(0, settings.modules)
+    ours = importlib.import_module("bar_edge.export.tensorrt")
+    engine_path = path.with_suffix(".engine")
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            if not engine_path.is_file():
+                doing("building the engine of", {"name": name})
+                engine_path = Path(scratch) / "model.engine"
+                ours.build(path, engine_path, ours.EngineOptions(batch=(settings.batch,) * 3))
+            engine = ours.load(engine_path, path)
+        inputs = [(str(engine.dtypes[n]), [s if s > 0 else None for s in shape]) for n, shape in engine.inputs.items()]
+        parts: list[Any] = []
+        version = str(package("tensorrt").__version__)
+        loaded = Loaded(functools.partial(_timed_run, engine, parts), inputs, version, parts)
+        loaded.run(random_inputs(loaded, settings.batch, 0))  # says at once whether the engine takes the batch
+    except ours.BarEdgeError as error:
+        raise Problem(type(error).__name__, error.required, error.got, error.remedy) from error
+    return loaded
+
+
+def _timed_run(engine: Any, parts: list[Any], arrays: list[Any]) -> Sequence[Any]:
+    outputs: Sequence[Any] = engine.run(arrays)
+    parts.append(engine.timing)
+    return outputs
 
 
 def load_openvino_cpu(path: Path, name: str, settings: Settings) -> Loaded:
@@ -130,17 +184,21 @@ def _load_onnxruntime(path: Path, name: str, settings: Settings, provider: str, 
     options.log_severity_level = 3
     if not settings.alone:  # idle threads of one session would spin on the cores that the other one is measured on
         options.add_session_config_entry("session.force_spinning_stop", "1")
+    providers, libraries = [(provider, provider_options)], "CUDA, cuDNN"
+    if provider == "TensorrtExecutionProvider":
+        providers.append(("CUDAExecutionProvider", {"use_tf32": "0"}))
+        libraries += ", TensorRT"
+    remedy = f"install {install} with {libraries} of the versions that it names"
+    lacks = functools.partial(Problem, "EnvironmentLacks", f"{install} with a GPU that it can use", remedy=remedy)
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, provider_options)])
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no base class
+        _, please, advice = str(error).partition("Please install")
+        if please:
+            raise lacks(got=f"{please}{advice}".strip()[:200]) from error
         raise _refused(name, "ONNX Runtime", error) from error
     if provider not in session.get_providers():  # it warns and falls back to the CPU
-        raise Problem(
-            "EnvironmentLacks",
-            f"{install} with a GPU that it can use",
-            f"{', '.join(session.get_providers())} only",
-            f"install {install} and the CUDA libraries that it names",
-        )
+        raise lacks(got=f"{', '.join(session.get_providers())} only")
     values, dtypes = session.get_inputs(), {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
     names = [value.name for value in values]
     return Loaded(
@@ -153,12 +211,23 @@ def _load_onnxruntime(path: Path, name: str, settings: Settings, provider: str, 
 RUNTIMES: dict[str, Callable[[Path, str, Settings], Loaded]] = {
     "onnxruntime-cpu": load_onnxruntime_cpu,
     "onnxruntime-cuda": load_onnxruntime_cuda,
+    "onnxruntime-tensorrt": load_onnxruntime_tensorrt,
     "openvino-cpu": load_openvino_cpu,
+    "tensorrt": load_tensorrt,
 }
-#: what a runtime can compute in where the file leaves it open; bf16 rounds by itself, without calibration
-PRECISIONS = {"onnxruntime-cpu": ("fp32",), "onnxruntime-cuda": ("fp32",), "openvino-cpu": ("fp32", "bf16")}
+#: what a runtime can compute in where the file leaves it open; bf16 rounds by itself, without calibration. ONNX
+#: Runtime's TensorRT must be allowed the types that are in a file of fp16, bf16 or int8.
+PRECISIONS = {
+    "onnxruntime-cpu": ("fp32",),
+    "onnxruntime-cuda": ("fp32",),
+    "onnxruntime-tensorrt": ("fp32", "fp16", "bf16", "int8"),
+    "openvino-cpu": ("fp32", "bf16"),
+    "tensorrt": ("fp32",),
+}
+#: runtimes that build an engine before the first run, which takes minutes
+BUILDERS = ("onnxruntime-tensorrt", "tensorrt")
 #: the least tolerance of the outputs: bf16 keeps 8 bits of each number, layer after layer
-LEAST_TOLERANCE = {"fp32": 0.0, "bf16": 0.05}
+LEAST_TOLERANCE = {"fp32": 0.0, "fp16": 0.02, "bf16": 0.05, "int8": 0.05}
 
 
 def package(name: str, install: str = "") -> Any:
@@ -193,7 +262,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     """
     package("numpy")
     files, batch = request["files"], request["batch"]
-    settings = Settings(request["threads"], batch, request["precision"], len(files) == 1)
+    alone, on_gpu = len(files) == 1, not request["runtime"].endswith("-cpu")
+    settings = Settings(request["threads"], batch, request["precision"], alone, request.get("modules", ""))
     models: list[Loaded] = []
     found: list[dict[str, Any]] = []
     runs: list[Callable[[], object]] = []
@@ -205,7 +275,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         **{name: request[name] for name in ("runtime", "precision", "threads", "batch", "seed")},
         "runtime_version": models[0].version,
         "interleaved": len(files),
-        **device("cuda" in request["runtime"]),
+        **device(on_gpu),
     }
     _expect(request.get("expect"), environment)
     for file, model in zip(files, models):
@@ -216,14 +286,18 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     for file, run, facts in zip(files, runs, found):
         doing("warming up", file)
         facts["warmup_runs"], facts["warmup_stable"] = warm_up(run)
+    for model in models:
+        if model.parts is not None:
+            model.parts.clear()
     doing("measuring", *files)
-    before, before_state = _counters(), state("cuda" in request["runtime"])
+    before, before_state = _counters(), state(on_gpu)
     start = time.perf_counter()
     samples, cpu_samples = interleave(runs, request["seconds"] * len(runs), random.Random(request["seed"]))
     interference = _interference(before, _counters(), time.perf_counter() - start)
-    after_state = state("cuda" in request["runtime"])
-    for facts, times, cpu_times in zip(found, samples, cpu_samples):
+    after_state = state(on_gpu)
+    for model, facts, times, cpu_times in zip(models, found, samples, cpu_samples):
         facts["samples_ms"], facts["cpu_samples_ms"] = times, cpu_times
+        facts["parts_ms"] = _quantiles(model.parts) if model.parts else None
     return {
         "models": found,
         "environment": environment,
@@ -234,6 +308,15 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
             "after": after_state,
         },
     }
+
+
+def _quantiles(parts: list[Any]) -> dict[str, dict[str, float]]:
+    """Return the median and the 90th percentile of each part of a run."""
+    found = {}
+    for part in vars(parts[0]):
+        values = [getattr(one, part) for one in parts]
+        found[part] = {"p50": statistics.median(values), "p90": statistics.quantiles(values, n=10)[-1]}
+    return found
 
 
 def warm_up(run: Callable[[], object]) -> tuple[int, bool]:

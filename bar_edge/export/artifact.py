@@ -65,7 +65,7 @@ def write_artifact(
         )
     inside = spec.preprocessing if spec.with_preprocessing else None
     inputs = samples if isinstance(samples, tuple) else (samples,)
-    with _replacing(folder) as temporary:
+    with replacing(folder) as temporary:
         shapes = tuple(tuple(x.shape[1:]) for x in inputs)
         export_onnx(network, shapes, temporary / MODEL, preprocessing=inside, metadata=_metadata(spec))
         expected = torch_outputs(reference or network, inputs, preprocessing=inside)
@@ -73,8 +73,8 @@ def write_artifact(
         names = [value["name"] for value in [*interface["inputs"], *interface["outputs"]]]
         arrays = [*(x.detach().cpu().numpy() for x in inputs), *expected]
         save_file(dict(zip(names, map(np.ascontiguousarray, arrays), strict=True)), temporary / SAMPLES)
-        error = sample_error(temporary, interface)
-        manifest = _manifest(temporary, spec, interface, samples=len(inputs[0]), error=error)
+        error, number = sample_error(temporary, interface, spec.precision)
+        manifest = _manifest(temporary, spec, interface, parity_entry(error, spec.precision, number))
         write_json(temporary / MANIFEST, manifest)
         if not manifest["parity"]["within"]:
             shutil.rmtree(temporary)
@@ -98,7 +98,7 @@ def convert_artifact(
     the outputs are within tolerance. Raises what `convert` raises, and InputError as `write_artifact` does.
     """
     manifest = read_manifest(source)
-    with _replacing(folder) as temporary:
+    with replacing(folder) as temporary:
         record = convert(source / MODEL, temporary / MODEL)
         tensors = load_file(source / SAMPLES)
         if own_outputs:
@@ -106,24 +106,25 @@ def convert_artifact(
             outputs = cpu_session(temporary / MODEL).run(None, inputs)
             tensors |= dict(zip((value["name"] for value in manifest["outputs"]), outputs, strict=True))
         save_file(tensors, temporary / SAMPLES)
-        error = sample_error(temporary, manifest)
-        tolerance = TOLERANCES[precision]
+        error, number = sample_error(temporary, manifest, precision)
         manifest |= {
             "target": target,
             "precision": precision,
             "files": {name: {"sha256": file_hash(temporary / name)} for name in (MODEL, SAMPLES)},
-            "parity": {
-                "error": error if error < float("inf") else None,
-                "tolerance": tolerance,
-                "within": error <= tolerance,
-                "samples": manifest["parity"]["samples"],
-            },
+            "parity": parity_entry(error, precision, number),
             "conversion": record,
         }
         write_json(temporary / MANIFEST, manifest)
         if not manifest["parity"]["within"]:
             shutil.rmtree(temporary)
     return manifest
+
+
+def parity_entry(error: float, precision: str, samples: int) -> dict[str, Any]:
+    """Return what a manifest says of the outputs on so many samples."""
+    tolerance = TOLERANCES[precision]
+    finite = error if error < float("inf") else None
+    return {"error": finite, "tolerance": tolerance, "within": error <= tolerance, "samples": samples}
 
 
 def plan_hash(plan: ChannelPlan) -> str:
@@ -135,7 +136,7 @@ def plan_hash(plan: ChannelPlan) -> str:
 
 
 @contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path) -> Iterator[Path]:
     """Give a new folder beside `folder`, which takes its place at the end unless it was removed."""
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(
@@ -201,10 +202,7 @@ def _dtype(text: str) -> str:
     return {"float": "float32", "double": "float64"}.get(name, name)
 
 
-def _manifest(
-    folder: Path, spec: ArtifactSpec, interface: dict[str, Any], *, samples: int, error: float
-) -> dict[str, Any]:
-    tolerance = TOLERANCES[spec.precision]
+def _manifest(folder: Path, spec: ArtifactSpec, interface: dict[str, Any], parity: dict[str, Any]) -> dict[str, Any]:
     normalisation = None
     if spec.preprocessing is not None:
         normalisation = {**dataclasses.asdict(spec.preprocessing), "inside": spec.with_preprocessing}
@@ -221,12 +219,7 @@ def _manifest(
         "budget": spec.budget,
         "plan": plan_hash(spec.plan) if spec.plan else None,
         "versions": {name: _version(name) for name in ("bar-edge", "torch", "onnx", "onnxruntime", "onnxsim")},
-        "parity": {
-            "error": error if error < float("inf") else None,
-            "tolerance": tolerance,
-            "within": error <= tolerance,
-            "samples": samples,
-        },
+        "parity": parity,
     }
 
 

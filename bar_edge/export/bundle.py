@@ -3,47 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import re
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
-from onnx.reference import ReferenceEvaluator
-from safetensors.numpy import load_file
-
 from bar_edge.errors import InputError
-from bar_edge.export.artifact import _replacing
-from bar_edge.export.parity import TOLERANCES, difference, relative
+from bar_edge.export.artifact import parity_entry, replacing
+from bar_edge.export.device_build import BUILDER, RUNNER
 from bar_edge.export.precision import to_half
 from bar_edge.export.tensorrt import EngineOptions
 from bar_edge.export.trt_check import require_accepted
 from bar_edge.export.trt_operators import VERSIONS
 from bar_edge.export.verify import MANIFEST, MODEL, SAMPLES, file_hash, read_manifest, sample_error
+from bar_edge.packed import packed
 from bar_edge.records import write_json
 
 #: bf16 files need opset 22, which 10.3 does not read
 READERS = {"fp32": VERSIONS, "fp16": VERSIONS, "bf16": ("10.16", "11"), "int8": VERSIONS}
-#: it is slow
-REFERENCE_SAMPLES = 4
-RUNNER, SCRIPT, BUILDER, README = "run.py", "build.sh", "build.pyz", "README.md"
+SCRIPT, README = "build.sh", "README.md"
 
 
 def write_bundle(
     artifact: Path,
     folder: Path,
     *,
+    runner: Path,
     precision: str = "fp16",
     options: EngineOptions | None = None,
-    runner: Path | None = None,
 ) -> dict[str, Any]:
     """Make a bundle from an artifact and return its manifest, whose `parity` says whether the file still computes it.
 
     artifact: a folder of `write_artifact` in fp32 (in int8 for int8), with as many samples as the device shall
-    compare. precision: fp32, fp16, bf16 or int8; the model file is converted. runner: the single file that measures.
-    No runtime here computes bf16: ONNX's reference implementation does, on the first samples. The folder is replaced
-    whole, and only if the model file computes the expected outputs. Raises InputError if TensorRT would reject it.
+    compare. precision: fp32, fp16, bf16 or int8; the model file is converted. runner: the single file that compares
+    and measures (bench/runner.py). The folder is replaced whole, and only if the model file computes the expected
+    outputs. Raises InputError if TensorRT would reject it.
     """
     options = options or EngineOptions()
     source = read_manifest(artifact)
@@ -54,22 +48,19 @@ def write_bundle(
             got=f"{source['precision']}, for {precision}",
             consequence="nothing was written",
         )
-    with _replacing(folder) as temporary:
+    with replacing(folder) as temporary:
         if precision in ("fp16", "bf16"):
             to_half(artifact / MODEL, temporary / MODEL, "fp16" if precision == "fp16" else "bf16")
         else:
             shutil.copyfile(artifact / MODEL, temporary / MODEL)
         slow = require_accepted(temporary / MODEL, READERS[precision])
         shutil.copyfile(artifact / SAMPLES, temporary / SAMPLES)
-        (temporary / BUILDER).write_bytes(_builder())
+        (temporary / BUILDER).write_bytes(packed())
         (temporary / SCRIPT).write_text(build_script(source["inputs"], options), encoding="utf-8")
         (temporary / SCRIPT).chmod(0o755)
-        if runner is not None:
-            shutil.copyfile(runner, temporary / RUNNER)
-        samples = REFERENCE_SAMPLES if precision == "bf16" else source["parity"]["samples"]
-        error = _reference_error(temporary, source) if precision == "bf16" else sample_error(temporary, source)
-        tolerance = TOLERANCES[precision]
-        files = [MODEL, SAMPLES, BUILDER, SCRIPT, *([RUNNER] if runner else [])]
+        shutil.copyfile(runner, temporary / RUNNER)
+        error, number = sample_error(temporary, source, precision)
+        files = [MODEL, SAMPLES, BUILDER, SCRIPT, RUNNER]
         manifest = {
             **source,
             "target": "trt-bundle",
@@ -77,12 +68,7 @@ def write_bundle(
             "files": {name: {"sha256": file_hash(temporary / name)} for name in files},
             "engine_options": {**dataclasses.asdict(options), "batch": list(options.batch)},
             "tensorrt": {"accepted_by": list(READERS[precision]), "slow": [str(finding) for finding in slow]},
-            "parity": {
-                "error": error if error < float("inf") else None,
-                "tolerance": tolerance,
-                "within": error <= tolerance,
-                "samples": min(samples, source["parity"]["samples"]),
-            },
+            "parity": parity_entry(error, precision, number),
         }
         write_json(temporary / MANIFEST, manifest)
         (temporary / README).write_text(_readme(manifest), encoding="utf-8")
@@ -117,32 +103,6 @@ def build_script(inputs: list[dict[str, Any]], options: EngineOptions) -> str:
 
 
 # ------------------------------------------------------------------------------------------ inside
-
-
-def _reference_error(folder: Path, interface: dict[str, Any]) -> float:
-    """Return max|a-b| / max|a| of ONNX's reference implementation on the first samples."""
-    tensors = {name: array[:REFERENCE_SAMPLES] for name, array in load_file(folder / SAMPLES).items()}
-    feed = {value["name"]: tensors[value["name"]] for value in interface["inputs"]}
-    got = list(ReferenceEvaluator(str(folder / MODEL)).run(None, feed))
-    return relative(*difference([tensors[value["name"]] for value in interface["outputs"]], got))
-
-
-def _builder() -> bytes:
-    """Return build.pyz: our own modules, as they are, in a file that Python runs."""
-    package = Path(__file__).resolve().parent.parent
-    own = ("errors.py", "export/cuda.py", "export/tensorrt.py", "export/device_build.py")
-    modules = {
-        "bar_edge/__init__.py": "",
-        "bar_edge/export/__init__.py": "",
-        **{f"bar_edge/{name}": (package / name).read_text(encoding="utf-8") for name in own},
-        "__main__.py": "import sys\n\nfrom bar_edge.export.device_build import main\n\nsys.exit(main())\n",
-    }
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, text in modules.items():
-            # a fixed date: the same modules give the same bytes
-            archive.writestr(zipfile.ZipInfo(name, (2000, 1, 1, 0, 0, 0)), text, zipfile.ZIP_DEFLATED)
-    return stream.getvalue()
 
 
 _SCRIPT = """#!/bin/sh
@@ -194,11 +154,11 @@ def _readme(manifest: dict[str, Any]) -> str:
     return f"""# A network for TensorRT, to be built on the device
 model.onnx is in {manifest["precision"]} (the tensors say so: a strongly typed network); inputs: {shapes}.
 `sh build.sh` builds model.engine for the GPU that it runs on, with TensorRT 10 or 11: JetPack 6 and 7, desktop GPUs.
-With TensorRT's Python (Python 3.10, numpy) it also compares the outputs on all samples and times it;
+With TensorRT's Python (Python 3.10, numpy) run.py then compares the outputs on all samples and measures;
 an engine that differs by more than {parity["tolerance"]:g} of the largest output is removed, and the exit status is 1.
 With trtexec alone the engine is built and not compared. Exit status 2: TensorRT refused; 3: something is missing.
 samples.safetensors holds inputs and expected outputs (float32); manifest.json the hashes, names, shapes, options.
-run.py, where it is, measures by bar-edge's protocol: `bar-edge bench` copies and calls it.
+run.py is bar-edge's measuring protocol: a JSON request on stdin, a JSON answer on stdout.
 An engine belongs to one TensorRT version and one GPU: on another device run build.sh there.
 Engines are executable code: load none but those you built from the model.onnx whose hash manifest.json names.
 """

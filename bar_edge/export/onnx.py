@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import io
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from bar_edge.errors import InputError
 from bar_edge.export.parity import cpu_session, difference, relative
+from bar_edge.records import write_bytes
 
 #: target -> opset. 18 is the one torch's exporter is written in (others go through converters that fail on
 #: Pad); ONNX Runtime since 1.14, OpenVINO and TensorRT 10 and 11 read it.
@@ -87,9 +87,10 @@ def export_onnx(
             _count_axes_from_the_end(model)
             _clean(model, {"input_layout": "NCHW"[: len(shapes[0]) + 1], **(metadata or {})})
             onnx.checker.check_model(model, full_check=True)
+            data = model.SerializeToString(deterministic=True)  # one file, which ends at 2 GB
     except Exception as error:  # the exporter raises many kinds; all mean that this module has no ONNX form
         raise _not_exportable(error) from error
-    _write(path, model.SerializeToString(deterministic=True))
+    write_bytes(path, data)
 
 
 def parity_onnx(
@@ -219,20 +220,6 @@ def _strip(message: Message) -> None:
         elif field.message_type is not None:
             for item in value:
                 _strip(item)
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(
-            f"a place to write {path.name}",
-            got=error.strerror or type(error).__name__,
-            consequence="no file was written",
-        ) from error
 
 
 def _shapes(input_shape: tuple[int, ...] | tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from bar_edge.errors import InputError
+from bar_edge.records import write_bytes
 
 Half = Literal["fp16", "bf16"]
 ONNX_TYPE = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -60,9 +60,7 @@ def to_half(onnx_path: Path, out_path: Path, precision: Half) -> None:
     graph.node.extend(nodes)
     graph.ClearField("value_info")
     onnx.checker.check_model(model, full_check=True)
-    temporary = out_path.with_name(f".{out_path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(model.SerializeToString(deterministic=True))
-    temporary.replace(out_path)
+    write_bytes(out_path, model.SerializeToString(deterministic=True))
 
 
 def _round(tensor: onnx.TensorProto, precision: Half) -> None:

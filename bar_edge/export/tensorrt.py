@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import numpy as np
 
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
 from bar_edge.export.cuda import Buffer, Cuda, Gpu
+from bar_edge.records import write_bytes, write_json
 
 #: majors that this module was written against
 MAJORS = (10, 11)
@@ -118,8 +118,8 @@ def build(
         "build_s": round(time.perf_counter() - start, 1),
         "rebuild": rebuild,
     }
-    _write(engine_path, engine)
-    _write(manifest_path(engine_path), json.dumps(manifest, indent=1).encode())
+    write_bytes(engine_path, engine)
+    write_json(manifest_path(engine_path), manifest)
     return manifest
 
 
@@ -224,14 +224,11 @@ class Engine:
         self._buffers: dict[str, Buffer] = {}
         self._graph = 0
         self._events = [cuda.event() for _ in range(4)]
+        #: of the last run
+        self.timing: Timing | None = None
 
     def run(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
-        """Run once on one array per input, in order; returns one array per output."""
-        self.timed_run(arrays)
-        return [self._buffers[name].host.copy() for name in self.outputs]
-
-    def timed_run(self, arrays: list[np.ndarray]) -> Timing:
-        """Run once and tell copying from computing."""
+        """Run once on one array per input, in order; returns one array per output, which the next run overwrites."""
         self._bind(arrays)
         cuda, (start, copied, computed, end) = self._cuda, self._events
         for name, array in zip(self.inputs, arrays, strict=True):
@@ -249,13 +246,14 @@ class Engine:
             cuda.to_host(self._buffers[name])
         cuda.mark(end)
         cuda.wait()
-        return Timing(
+        self.timing = Timing(
             h2d=cuda.elapsed_ms(start, copied),
             compute=cuda.elapsed_ms(copied, computed),
             d2h=cuda.elapsed_ms(computed, end),
             enqueue=enqueue_ms,
             total=(time.perf_counter() - began) * 1e3,
         )
+        return [self._buffers[name].host for name in self.outputs]
 
     def _bind(self, arrays: list[np.ndarray]) -> None:
         """Make buffers and a graph for the arrays' shapes, unless the last run had the same."""
@@ -427,7 +425,7 @@ def _timing_cache(config: Any, options: EngineOptions, identity: str, log: Any) 
         _given(config.set_timing_cache(cache, False), log)
     yield
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, bytes(_given(cache.serialize(), log)))
+    write_bytes(path, bytes(_given(cache.serialize(), log)))
 
 
 def _build_error(log: Any, network: Any, name: str) -> BarEdgeError:
@@ -484,16 +482,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError("an ONNX file", got=f"{path.name}: {error.strerror}", consequence="no engine") from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"a place to write {path.name}", got=error.strerror or type(error).__name__) from error
 
 
 def _sha256(data: bytes) -> str:

@@ -118,7 +118,12 @@ WithPreprocessing = Annotated[
 ]
 Runtime = Annotated[
     str,
-    _option("--runtime", metavar="NAME", text="What runs the file: onnxruntime-cpu, onnxruntime-cuda or openvino-cpu."),
+    _option(
+        "--runtime",
+        metavar="NAME",
+        text="What runs the file: onnxruntime-cpu, -cuda or -tensorrt, openvino-cpu, or tensorrt, which takes the "
+        "artifact's engine, or builds one.",
+    ),
 ]
 Threads = Annotated[int, _option("--threads", metavar="N", text="Threads of the runtime.")]
 Seconds = Annotated[float, _option("--seconds", metavar="S", text="How long to measure.")]
@@ -288,6 +293,15 @@ def export(
     data: Data = None,
     max_drop: MaxDrop = None,
     on: On = "local",
+    engine: Annotated[
+        list[str] | None,
+        _option(
+            "--engine",
+            metavar="NAME=VALUE",
+            text="Of a TensorRT engine: batch=1,4,8 (smallest, best, largest), dla_core, workspace_mib, "
+            "optimization_level, tf32, hardware, version_compatible; repeat.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, _option("--out", metavar="DIR", text="Default: RUN/artifacts/TARGET-PRECISION.")
     ] = None,
@@ -311,6 +325,7 @@ def export(
             data=data,
             max_drop=max_drop,
             on=on,
+            engine=tuple(engine or ()),
             out=out,
             progress=progress,
         )
@@ -321,7 +336,12 @@ def bench(
     target: Annotated[Path, typer.Argument(metavar="ARTIFACT|FILE.onnx", help="What export wrote, or an ONNX file.")],
     runtime: Runtime = "onnxruntime-cpu",
     precision: Annotated[
-        str, _option("--precision", metavar="NAME", text="What the runtime computes in: fp32; openvino-cpu also bf16.")
+        str,
+        _option(
+            "--precision",
+            metavar="NAME",
+            text="What the runtime computes in: fp32; openvino-cpu also bf16; onnxruntime-tensorrt as the file.",
+        ),
     ] = "fp32",
     threads: Threads = 1,
     batch: Annotated[int, _option("--batch", metavar="N", text="Inputs per inference.")] = 1,
