@@ -40,7 +40,8 @@ def files(tmp_path_factory):
         module = randomise(build(name, input_shape=(3, 8, 8), classes=4), removed=0.3).eval()
         network = trace(module, torch.zeros(2, 3, 8, 8)).eval()
         plan = ChannelPlan(network=network.fingerprint, kept=random_kept(module, 0.3, seed=1))
-        export_onnx(lower(slice_network(network, plan), "slices"), (3, 8, 8), folder / f"{name}.onnx")
+        for form, suffix in (("slices", ""), ("gather:4", ".padded")):
+            export_onnx(lower(slice_network(network, plan), form), (3, 8, 8), folder / f"{name}{suffix}.onnx")
     return folder
 
 
@@ -74,7 +75,7 @@ def ops(model, kind):
 # ------------------------------------------------------------------------------------------ placement
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS, "wrn-16-1.padded"])
 @pytest.mark.parametrize("recipe", recipes())
 def test_an_int8_file_computes_nearly_the_same(files, name, recipe, tmp_path):
     target, _ = quantised(files, name, recipe, tmp_path)
@@ -121,8 +122,9 @@ def test_values_that_only_move_keep_their_grid(files, name, tmp_path):
         assert all(shared) == (recipe == "tensorrt" or name == "wrn-16-1")
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS, "wrn-16-1.padded", "resnet20.padded"])
 def test_no_island_of_float_in_onnxruntime(files, name, tmp_path):
+    assert name in NETWORKS or ops(onnx.load(files / f"{name}.onnx"), "Pad")
     target, record = quantised(files, name, "onnxruntime-cpu", tmp_path)
     assert record["float_between_int8"] == []
     left = {node.op_type for node in optimised(target).graph.node}

@@ -71,6 +71,8 @@ class _Placer:
         assert float_layers <= layers, f"no layers: {sorted(float_layers - layers)}"
         self.layers, self.float_layers = layers - float_layers, float_layers
         self.nodes, self.tensors = _on_grid(graph, self.layers, recipe.pairs == "everywhere")
+        uint8 = recipe.activations == "uint8"
+        self.padded = [n for n in self.nodes if uint8 and n.op_type == "Pad" and n.output[0] in self.tensors]
         self.parent: dict[str, str] = {}
 
     def run(self) -> onnx.ModelProto:
@@ -87,10 +89,12 @@ class _Placer:
                     node.input[i] = f"{name}/rounded"
             if node.name in self.float_layers and node.input[0].endswith("/rounded"):
                 layer = [self._shield(node)]
-            made += [*layer, node]
-            for name in node.output:
-                made += self._pair(name)
-        self.graph.replace_nodes(made)
+            if node in self.padded:
+                made += self._pad(node)
+            else:
+                made += [*layer, node, *(part for name in node.output for part in self._pair(name))]
+        read = {name for node in made for name in node.input}  # nobody reads the float behind what is only padded
+        self.graph.replace_nodes(n for n in made if n.op_type != "DequantizeLinear" or n.output[0] in read)
         return self.graph.model
 
     # -------------------------------------------------------------------------------- grids
@@ -148,6 +152,16 @@ class _Placer:
             helper.make_node("QuantizeLinear", [name, *names], [between], f"{name}/quantize"),
             helper.make_node("DequantizeLinear", [between, *names], [after], f"{name}/dequantize"),
         ]
+
+    def _pad(self, node: NodeProto) -> list[NodeProto]:
+        """Pad integers by their zero point: between pairs ONNX Runtime would pad in float."""
+        source, name = node.input[0].removesuffix("/rounded"), node.output[0]
+        inputs = [f"{source}/int8", node.input[1], self.grids[source][1], *node.input[3:]]
+        del node.input[:]
+        node.input.extend(inputs)
+        node.output[0] = f"{name}/int8"
+        names = [node.output[0], *self.grids[name]]
+        return [node, helper.make_node("DequantizeLinear", names, [f"{name}/rounded"], f"{name}/dequantize")]
 
     def _shield(self, node: NodeProto) -> NodeProto:
         """Return bounds that change nothing, before a float layer: ONNX Runtime quantises what stands between pairs."""
