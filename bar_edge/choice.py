@@ -18,14 +18,14 @@ from bar_edge.training import NoProgress, Progress
 
 #: (runtime, precision) -> forms worth a try, the most promising first (docs/mixed_connectivity.md)
 CANDIDATES = {
-    ("onnxruntime-cpu", "fp32"): ("pointwise:16", "gather:4", "slices:4", "regular:16", "scatter", "regular"),
+    ("onnxruntime-cpu", "fp32"): ("gather:4", "pointwise:16", "slices:4", "regular:16", "scatter", "regular"),
     ("openvino-cpu", "fp32"): ("slices", "pointwise", "slices:4", "pointwise:16", "regular:16", "regular"),
     ("onnxruntime-cpu", "int8"): ("pointwise:16", "slices", "slices:16", "regular:16", "regular"),
     ("openvino-cpu", "int8"): ("slices:16", "regular:16", "pointwise:16", "blocks:32", "regular"),
     ("openvino-cpu", "bf16"): ("slices:16", "pointwise:16", "regular:16", "pointwise:32", "blocks:32", "regular"),
 }
 #: for a runtime that is not among them
-ELSEWHERE = ("pointwise:16", "gather:4", "slices", "regular:16", "regular")
+ELSEWHERE = ("gather:4", "pointwise:16", "slices", "regular:16", "regular")
 REGULAR, DENSE = "regular", "dense"
 #: how long each file is measured, in seconds: to choose, and to judge the choice
 CHOOSE_S, JUDGE_S = 0.5, 1.5

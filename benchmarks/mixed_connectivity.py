@@ -203,34 +203,28 @@ def operator_times_us(file: Path, runs: int = 300) -> dict[str, float]:
     return total
 
 
-def profile() -> str:
+def profile(folder: Path) -> str:
     """Return where the time goes before (regular, paper) and after (ours), for three networks, as Markdown."""
     lines = []
     for model, factor in (("wrn-28-12", 16), ("wrn-28-12", 8), ("resnet56", 4)):
-        dense, sliced = networks(model, factor, 0)
-        columns, flops = {}, {}
-        for form in ("dense", "regular", "paper", "slices", "gather:4", "blocks:16"):
-            with tempfile.TemporaryDirectory() as folder:
-                lowered = dense if form == "dense" else lower(sliced, form)
-                flops[form] = count_executed(lowered).flops if form != "dense" else count(dense).flops
-                export_onnx(lowered, dense.input_shapes, Path(folder) / "model.onnx")
-                columns[form] = operator_times_us(Path(folder) / "model.onnx", 20 if form == "dense" else 300)
-        rate = flops["dense"] / sum(columns["dense"].values())
+        files, counted = prepare(folder / f"{model}_{factor}x_seed_0", model, factor, 0)
+        forms = ("dense", "regular", "paper", "slices:4", "gather:4", "pointwise:16")
+        columns = {form: operator_times_us(files[form], 20 if form == "dense" else 300) for form in forms}
+        ideal = counted["flops"]["sliced"] / counted["flops"]["dense"] * sum(columns["dense"].values())
         operators = sorted({o for c in columns.values() for o in c}, key=lambda o: -columns["paper"].get(o, 0))
         lines += [f"\n{model} at {factor}x, seed 0, microseconds per inference\n"]
         lines += ["| operator | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
         for operator in operators:
             lines.append(f"| {operator} | " + " | ".join(f"{c.get(operator, 0):.0f}" for c in columns.values()) + " |")
-        totals = {form: sum(c.values()) for form, c in columns.items()}
-        conv = {form: c.get("Conv", 0) + c.get("FusedConv", 0) for form, c in columns.items()}
-        lines.append("| all nodes | " + " | ".join(f"{t:.0f}" for t in totals.values()) + " |")
-        lines.append("| all / convolutions | " + " | ".join(f"{totals[f] / conv[f]:.2f}" for f in columns) + " |")
-        ideal = count(sliced).flops / rate
-        lines.append(
-            "| all / counted FLOPs at the dense rate | "
-            + " | ".join(f"{totals[f] / ideal:.2f}" for f in columns)
-            + " |"
-        )
+        totals = [sum(c.values()) for c in columns.values()]
+        convolutions = [c.get("Conv", 0) + c.get("FusedConv", 0) for c in columns.values()]
+        floor = [total / least for total, least in zip(totals, convolutions, strict=True)]
+        for name, row, digits in (
+            ("all nodes", totals, 0),
+            ("all / convolutions", floor, 2),
+            ("all / counted FLOPs at the dense rate", [total / ideal for total in totals], 2),
+        ):
+            lines.append(f"| {name} | " + " | ".join(f"{x:.{digits}f}" for x in row) + " |")
     return "\n".join(lines)
 
 
@@ -345,13 +339,14 @@ def main() -> None:
     parser.add_argument("--modules", action="store_true", help="only measure the nn.Modules in torch")
     parser.add_argument("--full-width", action="store_true", help="only measure the stream at its full width")
     options = parser.parse_args()
-    for wanted, show in ((options.full_width, full_width), (options.profile, profile), (options.modules, modules)):
+    for wanted, show in ((options.full_width, full_width), (options.modules, modules)):
         if wanted:
             print(show())
             return
-    if options.low:
+    if options.low or options.profile:
         with tempfile.TemporaryDirectory() as temporary:
-            print(low_precision(options.files or Path(temporary), only_prepare=options.prepare))
+            folder = options.files or Path(temporary)
+            print(profile(folder) if options.profile else low_precision(folder, only_prepare=options.prepare))
         return
     results = read_json(RESULTS) if RESULTS.is_file() else {"cells": {}, "versions": versions()}
     with tempfile.TemporaryDirectory() as temporary:
