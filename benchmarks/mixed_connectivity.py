@@ -330,7 +330,9 @@ def modules() -> str:
 def main() -> None:
     """Measure what is missing, write JSON and plot, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", default="", help="only cells whose name contains this")
+    parser.add_argument(
+        "--cells", default="", help="only cells of this name, as in `wrn-28-12` or `wrn-28-12 8x seed 0`"
+    )
     parser.add_argument("--files", type=Path, help="folder that keeps the exported files")
     parser.add_argument("--prepare", action="store_true", help="only export, to measure later on a quiet machine")
     parser.add_argument("--table", action="store_true", help="only print the table and the plot")
@@ -352,7 +354,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.files or Path(temporary)
         for name, model, factor, seed in cells():
-            if options.table or name in results["cells"] or options.cells not in name:
+            wanted = not options.cells or f"{name} ".startswith(f"{options.cells} ")
+            if options.table or name in results["cells"] or not wanted:
                 continue
             files, counted = prepare(folder / name.replace(" ", "_"), model, factor, seed)
             if options.prepare:
