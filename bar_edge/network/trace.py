@@ -126,13 +126,14 @@ def _users_line(error: BaseException) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """Return where the user's code calls an operator, as `file.py:12: x = x.mean()`, "" if unknown."""
+    """Return where the user's code calls an operator, as `file.py:12: x = x.mean()`, else the module, as `'0.3'`."""
     if "source" in node.meta:
         return str(node.meta["source"])
     lines = (node.meta.get("stack_trace") or "").splitlines()
     places = [i for i, line in enumerate(lines) if line.strip().startswith('File "') and "/torch/nn/" not in line]
     if not places:
-        return ""
+        stack = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
+        return f"'{stack[-1]}'" if stack else ""
     file, number, *_ = lines[places[-1]].strip().removeprefix('File "').replace('", line', ",").split(",")
     code = lines[places[-1] + 1].strip() if places[-1] + 1 < len(lines) else ""
     return f"{os.path.basename(file)}:{number.strip()}: {code}"
