@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from bar_edge.network import Network, trace
 from bar_edge.network.channels import passages
 from bar_edge.network.latency import LatencyCounter, largest_widths, operations
 from bar_edge.network.liveness import held_channels
+from bar_edge.pipeline import profile
 from bar_edge.profiling import fit
 from bar_edge.records import Budget
 from bar_edge.table import Kind, LatencyTable, Prices, knots
@@ -261,3 +263,56 @@ def test_chains_run(text: str, widths: tuple[int, ...]) -> None:
     value = session.get_inputs()[0]
     (output,) = session.run(None, {"input": np.zeros(value.shape, np.float32)})
     assert np.isfinite(output).all()
+
+
+SMALL = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.second, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.relu(self.norm(self.first(x)))
+        return self.linear(self.relu(self.second(x) + x).mean((2, 3)))
+"""
+
+
+def small_table(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> LatencyTable:
+    """Profile a small network with a residual connection, quickly, and return the table."""
+    monkeypatch.setattr("bar_edge.bench.profile.SECONDS", 0.01)
+    monkeypatch.setattr("bar_edge.profiling.CHECK_S", 0.02)
+    (folder / "small.py").write_text(SMALL)
+    out = folder / "table.json"
+    answer = profile(f"{folder / 'small.py'}:Net", out=out, input_shape=(3, 8, 8), **options)
+    table = LatencyTable.load(out)
+    assert {Kind.parse(text).op for text in table.prices} == {"conv", "handover", "add", "pad", "each", "linear"}
+    assert len(table.checks) == 8 and answer["typical_error"] == table.typical_error
+    assert 0 < answer["smallest_ms"] <= answer["full_ms"]
+    assert (folder / "table.svg").stat().st_size and not (folder / ".table.json.part").exists()
+    return table
+
+
+@pytest.mark.parametrize(
+    ("options", "lowering"),
+    [
+        ({"threads": 2}, "gather:4"),
+        ({"lowering": "slices"}, "slices"),
+        ({"runtime": "openvino-cpu"}, "slices"),
+    ],
+)
+def test_a_table_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], lowering: str
+) -> None:
+    if "openvino" in str(options):
+        pytest.importorskip("openvino")
+    table = small_table(tmp_path, monkeypatch, **options)
+    assert table.lowering == lowering
+    assert (table.environment["runtime"], table.environment["threads"]) == (
+        options.get("runtime", "onnxruntime-cpu"),
+        options.get("threads", 1),
+    )
