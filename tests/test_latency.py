@@ -16,7 +16,7 @@ from bar_edge.methods.projection import project
 from bar_edge.models import build
 from bar_edge.network import Network, trace
 from bar_edge.network.channels import passages
-from bar_edge.network.latency import LatencyCounter, largest_widths, operations
+from bar_edge.network.latency import LAYERS, LatencyCounter, largest_widths, operations
 from bar_edge.network.liveness import held_channels
 from bar_edge.pipeline import profile
 from bar_edge.profiling import fit
@@ -32,14 +32,18 @@ def network() -> Network:
 
 
 def made_up(network: Network, **fields: object) -> LatencyTable:
-    """A device on which everything takes 1 us and 0.1 us per product of widths."""
+    """A device on which a layer takes 1 us and 0.1 us per product of widths, all else 1 us and 0.1 us per channel."""
     prices = {}
     for kind, widths in largest_widths(network).items():
         axes = tuple((0, *knots(n)) for n in widths)
         grid = np.stack(np.meshgrid(*axes, indexing="ij"))
-        ms = np.where((grid > 0).all(0), 1e-3 + 1e-4 * grid.prod(0), 0.0)
+        ms = np.where((grid > 0).all(0), made_up_ms(kind, grid), 0.0)
         prices[str(kind)] = Prices(widths=axes, ms=tuple(ms.ravel().tolist()))
     return LatencyTable(**{"lowering": "gather:4", "rounding": 4, "step": 16, "prices": prices, **fields})  # type: ignore[arg-type]
+
+
+def made_up_ms(kind: Kind, widths: np.ndarray) -> np.ndarray:
+    return 1e-3 + 1e-4 * (widths.prod(0) if kind.op in LAYERS else widths[-1])
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +131,7 @@ def test_a_price_by_hand(network: Network, table: LatencyTable, mixed: bool) -> 
         differ = [width[a] != width[b] for a, b in operation.mixed]
         there = not differ or (any(differ) and all(width[a] == width[b] for a, b in operation.whole))
         if there:
-            total += 1e-3 + 1e-4 * float(np.prod([width[node] for node in operation.tensors]))
+            total += float(made_up_ms(operation.kind, np.array([width[node] for node in operation.tensors])))
     added = {operation.kind.op for operation in operations(network, layout.found) if operation.full is not None}
     assert added == {"pad"}  # 48 is a multiple of 4: no filter of zeros to spare
     # the image's three channels cost as four
