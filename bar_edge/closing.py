@@ -22,11 +22,11 @@ Round = dict[str, Any]
 
 
 def close_loop(
-    run: Run, export: Callable[[], dict[str, Any]], measure: Callable[[str], float]
+    run: Run, export: Callable[[], dict[str, Any]], measure: Callable[[str], dict[str, Any]]
 ) -> tuple[dict[str, Any], list[Round]]:
     """Export and measure a RUN's network; prune it again, more or less, while it misses or wastes a budget in ms.
 
-    export: writes the RUN's artifact and returns what `export_run` does. measure: an artifact's median in ms.
+    export: writes the RUN's artifact and returns what `export_run` does. measure: an artifact, as `bench` does.
     The RUN folder ends with the round that uses most of the budget, or with the fastest if none is within it;
     returns that round's export, and every round's `by_table` and `measured` in ms. A stopped loop goes on.
     """
@@ -44,7 +44,7 @@ def close_loop(
         if not exported["bytes"]:
             break
         by_table = read_json(run.out / "result.json")["budget"]["achieved"]
-        measured = measure(exported["artifact"])
+        _, measured = in_fresh_processes(measure, exported["artifact"])
         rounds.append({"limit": limit, "by_table": by_table, "measured": measured, "export": exported})
         kept = f"round-{best(rounds, run.limit)}"
         if kept == f"round-{len(rounds) - 1}":
@@ -97,11 +97,10 @@ def correct(run: Run, limit: float) -> None:
     run.result(dense, sliced, plan, forced)
 
 
-def judge(run: Run, rounds: list[Round], measure: Callable[[], dict[str, Any]], fresh: int = 3) -> dict[str, Any]:
-    """Measure a RUN's artifact in fresh processes; the median of their medians is the verdict, in result.json too."""
-    found = [measure() for _ in range(fresh)]
+def judge(run: Run, rounds: list[Round], measure: Callable[[str], dict[str, Any]], artifact: str) -> dict[str, Any]:
+    """Measure a RUN's artifact anew; the median of its medians is the verdict, in result.json too."""
+    found, median = in_fresh_processes(measure, artifact)
     medians = [answer["percentiles_ms"]["p50"] for answer in found]
-    median = sorted(medians)[fresh // 2]
     within = median <= run.limit and all(answer["verdict"] is not False for answer in found)
     result = read_json(run.out / "result.json")
     result["budget"] |= {
@@ -116,6 +115,12 @@ def judge(run: Run, rounds: list[Round], measure: Callable[[], dict[str, Any]], 
     result["verdict"] = is_met(result)
     write_json(run.out / "result.json", result)
     return {**found[medians.index(median)], "verdict": within, "rounds": len(rounds), "medians_ms": medians}
+
+
+def in_fresh_processes(measure: Callable[[str], dict[str, Any]], artifact: str) -> tuple[list[dict[str, Any]], float]:
+    """Return three measurements and the median of their medians in ms: processes differ by more than runs do."""
+    found = [measure(artifact) for _ in range(3)]
+    return found, sorted(float(answer["percentiles_ms"]["p50"]) for answer in found)[1]
 
 
 def _restore(folder: Path, rounds: list[Round], run: Run) -> None:

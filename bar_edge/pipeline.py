@@ -421,9 +421,9 @@ def deploy(
     measured: dict[str, Any] = {"verdict": None}
     if in_ms:
         run = Run(config, out, True, progress or NoProgress())
-        exported, rounds = close_loop(run, export, lambda path: float(measure(path)["percentiles_ms"]["p50"]))
+        exported, rounds = close_loop(run, export, measure)
         if rounds:
-            measured = judge(run, rounds, lambda: measure(exported["artifact"]))
+            measured = judge(run, rounds, measure, exported["artifact"])
     else:
         exported = export()
         if exported["bytes"]:

@@ -26,7 +26,7 @@ from bar_edge.table import Kind, LatencyTable
 from bar_edge.training import NoProgress, Progress
 
 #: shares of the volume of the random plans to which a table is fitted, the whole network among them
-SHARES = (1.0, 0.6, 0.4, 0.25, 0.15, 0.08)
+SHARES = (1.0, 0.7, 0.55, 0.4, 0.3, 0.2, 0.12, 0.07)
 CHECK_S = 1.0
 
 

@@ -15,6 +15,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from bar_edge.closing import in_fresh_processes
 from bar_edge.config import RunConfig, TrainConfig
 from bar_edge.methods import GateLayout, smallest_cost
 from bar_edge.pipeline import bench, deploy, export_run, profile, prune
@@ -52,6 +53,7 @@ class Bed:
         spec, *arguments = model.split()
         self.epochs: tuple[int, int, int] = tuple(options.epochs)
         self.common: dict[str, Any] = {"model": spec, "model_arg": tuple(arguments), "data": data, "seed": options.seed}
+        self.seconds: float = options.seconds
         self.size = {"image_size": options.image_size, "threads": 1, "device": "cpu"}
         train = TrainConfig(dense=self.epochs[0], prune=0, tune=0, **self.size)
         config = RunConfig(**self.common, budget="1x", method="random", train=train)
@@ -76,7 +78,7 @@ class Bed:
         """Deploy with a budget in ms."""
         budget = round(share * self.full_ms, 3)
         out = self.work / f"ms-{budget:g}"
-        answer = deploy(self.config(f"{budget:g}ms", str(self.table)), out, resume=True)
+        answer = deploy(self.config(f"{budget:g}ms", str(self.table)), out, resume=True, seconds=self.seconds)
         found = answer["prune"]["budget"]
         return {
             "share": share,
@@ -108,7 +110,7 @@ class Bed:
             out = self.work / f"{metric}-{factor:g}"
             result = prune(self.config(f"{factor:g}x:{metric}"), out, resume=True)
             exported = export_run(out, lowering=self.lowering)
-            ms = sorted(bench(Path(exported["artifact"]))["percentiles_ms"]["p50"] for _ in range(3))[1]
+            _, ms = in_fresh_processes(lambda file: bench(Path(file), seconds=self.seconds), exported["artifact"])
             attempts.append({"factor": factor, "ms": ms, **self.costs(result)})
         return attempts
 
@@ -149,6 +151,7 @@ def main() -> None:
     parser.add_argument("--models", default="resnet20,wrn-10-2")
     parser.add_argument("--compare", default="", help="models to compare metrics on")
     parser.add_argument("--epochs", type=int, nargs=3, default=(3, 3, 1), metavar=("DENSE", "PRUNE", "TUNE"))
+    parser.add_argument("--seconds", type=float, default=3.0, help="of measuring, per process")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, required=True, help="for the run folders")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -156,7 +159,7 @@ def main() -> None:
     options.work = options.work.resolve()
     data = subset(options.data, options.images, options.work)
     results = read_json(options.out) if options.out.is_file() else {"models": {}}
-    results |= {key: getattr(options, key) for key in ("images", "image_size", "epochs", "seed")}
+    results |= {key: getattr(options, key) for key in ("images", "image_size", "epochs", "seed", "seconds")}
     for model in options.models.split(","):
         bed = Bed(model, options, data)
         found = results["models"].setdefault(model, {"budgets": [], "compared": []})

@@ -3,14 +3,13 @@
 Per network: a table by `bar-edge profile`, then random plans of uneven widths (benchmarks/masks.py; the table is
 fitted to plans of even ones), exported in the table's form and measured in interleaved groups. The proportional
 predictors are fitted to the same measurements that they are judged by, each with its best factor and constant.
-Resumable. Run: python benchmarks/latency.py [--models resnet56] [--plans 20]
+Resumable. Run: python -m benchmarks.latency --files FOLDER [--prepare] [--models resnet56] [--plans 20]
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,23 @@ import torch
 
 from bar_edge.bench import bench_onnx
 from bar_edge.bench.profile import undisturbed_ms
+from bar_edge.choice import CANDIDATES
 from bar_edge.methods import GateLayout
 from bar_edge.models import build
 from bar_edge.network import Network, count, trace
 from bar_edge.pipeline import plot_table
 from bar_edge.profiling import export_plan, profile_network
-from bar_edge.records import read_json, write_json
+from bar_edge.records import ChannelPlan, read_json, write_json
 from bar_edge.table import LatencyTable
 from benchmarks.masks import uneven_plan
 
 HERE = Path(__file__).parent / "results" / "latency"
 RESULTS = HERE.with_suffix(".json")
 MODELS = ("resnet56", "wrn-16-4", "mobilenetv2")
+LOWERING = CANDIDATES["onnxruntime-cpu", "fp32"][0]
 FACTORS = (1.5, 2, 3, 4, 6, 8, 12, 16)
 #: plans measured in turn, and for how long each
-GROUP, SECONDS = 10, 1.5
+GROUP, SECONDS = 20, 1.5
 
 
 def network_of(model: str) -> Network:
@@ -55,21 +56,30 @@ def table_of(model: str, network: Network) -> tuple[LatencyTable, float | None]:
     return table, time.monotonic() - start
 
 
-def measure(network: Network, table: LatencyTable, seeds: range) -> list[dict[str, Any]]:
+def plans_of(network: Network, seeds: range) -> dict[int, ChannelPlan]:
+    """Return the random plans of some seeds."""
+    return {seed: uneven_plan(network, FACTORS[seed % len(FACTORS)], 100 + seed) for seed in seeds}
+
+
+def export(network: Network, plans: dict[int, ChannelPlan], prefix: Path) -> list[Path]:
+    """Export what is not there yet, as PREFIX-SEED.onnx."""
+    files = [prefix.with_name(f"{prefix.name}-{seed}.onnx") for seed in plans]
+    for file, plan in zip(files, plans.values(), strict=True):
+        if not file.is_file():
+            export_plan(network, plan, LOWERING, file.with_suffix(".part"))
+            file.with_suffix(".part").replace(file)
+    return files
+
+
+def measure(network: Network, table: LatencyTable, seeds: range, prefix: Path) -> list[dict[str, Any]]:
     """Predict and measure one group of random plans."""
-    layout = GateLayout(network, table=table)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        files = []
-        for seed in seeds:
-            plan = uneven_plan(network, FACTORS[seed % len(FACTORS)], 100 + seed)
-            files.append(Path(folder) / f"{seed}.onnx")
-            export_plan(network, plan, table.lowering, files[-1])
-            counts = count(network, plan)
-            predicted = layout.cost(plan.kept, "ms")
-            rows.append({"seed": seed, "predicted_ms": predicted, "flops": counts.flops, "volume": counts.volume})
-        for row, found in zip(rows, bench_onnx(files, seconds=SECONDS), strict=True):
-            row |= {"ms": undisturbed_ms(found), "wall_ms": found.percentile_ms(50), "runs": len(found.samples_ms)}
+    layout, plans, rows = GateLayout(network, table=table), plans_of(network, seeds), []
+    for seed, plan in plans.items():
+        counts = count(network, plan)
+        predicted = layout.cost(plan.kept, "ms")
+        rows.append({"seed": seed, "predicted_ms": predicted, "flops": counts.flops, "volume": counts.volume})
+    for row, found in zip(rows, bench_onnx(export(network, plans, prefix), seconds=SECONDS), strict=True):
+        row |= {"ms": undisturbed_ms(found), "wall_ms": found.percentile_ms(50), "runs": len(found.samples_ms)}
     return rows
 
 
@@ -100,17 +110,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--plans", type=int, default=20, help="per network")
+    parser.add_argument("--files", type=Path, required=True, help="a folder for the exported networks")
+    parser.add_argument("--prepare", action="store_true", help="only export, which needs no quiet machine")
     options = parser.parse_args()
+    options.files.mkdir(parents=True, exist_ok=True)
     results = read_json(RESULTS) if RESULTS.is_file() else {"models": {}}
     for model in options.models.split(","):
-        network = network_of(model)
+        network, prefix = network_of(model), options.files / model
+        if options.prepare:
+            export(network, plans_of(network, range(options.plans)), prefix)
+            continue
         table, seconds = table_of(model, network)
         found = results["models"].setdefault(model, {"rows": [], "environment": table.environment, "loads": []})
         if seconds is not None:
             found["table_seconds"] = round(seconds)
         while len(found["rows"]) < options.plans:
             start = len(found["rows"])
-            found["rows"] += measure(network, table, range(start, min(start + GROUP, options.plans)))
+            found["rows"] += measure(network, table, range(start, min(start + GROUP, options.plans)), prefix)
             found["loads"].append(round(os.getloadavg()[0], 2))
             write_json(RESULTS, results)
     print(report(results))

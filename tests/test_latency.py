@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from bar_edge.methods.projection import project
 from bar_edge.models import build
 from bar_edge.network import Network, trace
 from bar_edge.network.channels import passages
-from bar_edge.network.latency import LatencyCounter, largest_widths, operations
+from bar_edge.network.latency import LAYERS, LatencyCounter, largest_widths, operations
 from bar_edge.network.liveness import held_channels
+from bar_edge.pipeline import profile
 from bar_edge.profiling import fit
 from bar_edge.records import Budget
 from bar_edge.table import Kind, LatencyTable, Prices, knots
@@ -30,14 +32,18 @@ def network() -> Network:
 
 
 def made_up(network: Network, **fields: object) -> LatencyTable:
-    """A device on which everything takes 1 us and 0.1 us per product of widths."""
+    """A device on which a layer takes 1 us and 0.1 us per product of widths, all else 1 us and 0.1 us per channel."""
     prices = {}
     for kind, widths in largest_widths(network).items():
         axes = tuple((0, *knots(n)) for n in widths)
         grid = np.stack(np.meshgrid(*axes, indexing="ij"))
-        ms = np.where((grid > 0).all(0), 1e-3 + 1e-4 * grid.prod(0), 0.0)
+        ms = np.where((grid > 0).all(0), made_up_ms(kind, grid), 0.0)
         prices[str(kind)] = Prices(widths=axes, ms=tuple(ms.ravel().tolist()))
     return LatencyTable(**{"lowering": "gather:4", "rounding": 4, "step": 16, "prices": prices, **fields})  # type: ignore[arg-type]
+
+
+def made_up_ms(kind: Kind, widths: np.ndarray) -> np.ndarray:
+    return 1e-3 + 1e-4 * (widths.prod(0) if kind.op in LAYERS else widths[-1])
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +131,7 @@ def test_a_price_by_hand(network: Network, table: LatencyTable, mixed: bool) -> 
         differ = [width[a] != width[b] for a, b in operation.mixed]
         there = not differ or (any(differ) and all(width[a] == width[b] for a, b in operation.whole))
         if there:
-            total += 1e-3 + 1e-4 * float(np.prod([width[node] for node in operation.tensors]))
+            total += float(made_up_ms(operation.kind, np.array([width[node] for node in operation.tensors])))
     added = {operation.kind.op for operation in operations(network, layout.found) if operation.full is not None}
     assert added == {"pad"}  # 48 is a multiple of 4: no filter of zeros to spare
     # the image's three channels cost as four
@@ -261,3 +267,56 @@ def test_chains_run(text: str, widths: tuple[int, ...]) -> None:
     value = session.get_inputs()[0]
     (output,) = session.run(None, {"input": np.zeros(value.shape, np.float32)})
     assert np.isfinite(output).all()
+
+
+SMALL = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.second, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.relu(self.norm(self.first(x)))
+        return self.linear(self.relu(self.second(x) + x).mean((2, 3)))
+"""
+
+
+def small_table(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> LatencyTable:
+    """Profile a small network with a residual connection, quickly, and return the table."""
+    monkeypatch.setattr("bar_edge.bench.profile.SECONDS", 0.01)
+    monkeypatch.setattr("bar_edge.profiling.CHECK_S", 0.02)
+    (folder / "small.py").write_text(SMALL)
+    out = folder / "table.json"
+    answer = profile(f"{folder / 'small.py'}:Net", out=out, input_shape=(3, 8, 8), **options)
+    table = LatencyTable.load(out)
+    assert {Kind.parse(text).op for text in table.prices} == {"conv", "handover", "add", "pad", "each", "linear"}
+    assert len(table.checks) == 8 and answer["typical_error"] == table.typical_error
+    assert 0 < answer["smallest_ms"] <= answer["full_ms"]
+    assert (folder / "table.svg").stat().st_size and not (folder / ".table.json.part").exists()
+    return table
+
+
+@pytest.mark.parametrize(
+    ("options", "lowering"),
+    [
+        ({"threads": 2}, "gather:4"),
+        ({"lowering": "slices"}, "slices"),
+        ({"runtime": "openvino-cpu"}, "slices"),
+    ],
+)
+def test_a_table_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], lowering: str
+) -> None:
+    if "openvino" in str(options):
+        pytest.importorskip("openvino")
+    table = small_table(tmp_path, monkeypatch, **options)
+    assert table.lowering == lowering
+    assert (table.environment["runtime"], table.environment["threads"]) == (
+        options.get("runtime", "onnxruntime-cpu"),
+        options.get("threads", 1),
+    )

@@ -24,6 +24,7 @@ from bar_edge.bench.ssh import Device, Target
 from bar_edge.errors import EnvironmentLacks, InputError
 from bar_edge_cli.main import main
 from tests.test_bench import artifact, relu_file
+from tests.test_latency import small_table
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
@@ -143,6 +144,12 @@ def test_the_same_measurement_as_here(server: Server, tmp_path: Path) -> None:
     assert path.name.startswith("bench-onnxruntime-cpu-t1-b2-") and path != save_measurement(files[0], here)
     for word in ("127.0.0.1", str(server.port), str(tmp_path), os.uname().nodename, "request.json"):
         assert word not in path.read_text()
+
+
+def test_a_latency_table_of_a_device(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = small_table(tmp_path, monkeypatch, on=server.target)
+    assert table.environment["on"] == "ssh"
+    assert "127.0.0.1" not in (tmp_path / "table.json").read_text()
 
 
 def test_fast_but_wrong_is_exit_1(server: Server, tmp_path: Path) -> None:
