@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bar_edge.config import BarConfig, RunConfig, TrainConfig
 from bar_edge.data.readers import read_digits
 from bar_edge.pipeline import prune
-from bar_edge.records import write_json
+from bar_edge.records import read_json, write_json
 
 SIZE, DIGIT, STRIDE = 32, 8, 4
 GRID = SIZE // STRIDE
@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--task", choices=RUNS, nargs="*", default=list(RUNS))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    done: dict[str, Any] = {}
+    done: dict[str, Any] = read_json(options.out) if options.out.is_file() else {}
     for name in options.task:
         with tempfile.TemporaryDirectory() as folder:
             done[name] = figures(dataclasses.replace(RUNS[name], seed=options.seed), Path(folder) / name)
@@ -307,7 +307,7 @@ def main() -> None:
             k: round(v, 4) if isinstance(v, float) else v for k, v in done[name].items() if not isinstance(v, dict)
         }
         print(name, shown, flush=True)
-    write_json(options.out, done)
+        write_json(options.out, done)
 
 
 if __name__ == "__main__":
