@@ -229,7 +229,7 @@ def test_deploy_reads_a_file_and_hands_on_the_rest(pipeline, tmp_path):
             },
         ),
         (
-            "export r --with-preprocessing --lowering regular --out o",
+            "export r --with-preprocessing --lowering regular --engine batch=4 --engine dla_core=0 --out o",
             "export_run",
             (Path("r"),),
             {
@@ -243,6 +243,7 @@ def test_deploy_reads_a_file_and_hands_on_the_rest(pipeline, tmp_path):
                 "data": None,
                 "max_drop": None,
                 "on": "local",
+                "engine": ("batch=4", "dla_core=0"),
                 "out": Path("o"),
             },
         ),
