@@ -17,6 +17,7 @@ from bar_edge.bench import bench_onnx, compare, load_measurement, meets, runtime
 from bar_edge.choice import choose_lowering
 from bar_edge.closing import close_loop, judge
 from bar_edge.config import RunConfig, read_toml, run_config
+from bar_edge.data.memory import RANDOM, random_data
 from bar_edge.errors import InputError
 from bar_edge.export.artifact import ArtifactSpec, write_artifact
 from bar_edge.export.lowering import lower
@@ -231,6 +232,8 @@ def export_run(
     """
     targets.check_target(target, precision, on)
     engine_options = targets.engine_options(engine)
+    if data == RANDOM and max_drop is not None:
+        raise InputError("--data with labels for --max-drop", got=RANDOM, consequence="nothing was written")
     result, config = _read_result(run), run_config(read_toml(run / "config.toml"))
     network, folder = Network.load(run / "network"), out or run / "artifacts" / f"{target}-{precision}"
     if target == "torch":
@@ -263,7 +266,11 @@ def export_run(
         choice=dataclasses.asdict(choice) if choice else None,
         target=target,
     )
-    source = read_data(dataclasses.replace(config, data=data or config.data))
+    if data == RANDOM:
+        channels, height, width = network.input_shapes[0]
+        source = random_data((channels, height, width), spec.classes, preprocessing.mean, preprocessing.std)
+    else:
+        source = read_data(dataclasses.replace(config, data=data or config.data))
     mean, std = (torch.tensor(result["input"][key])[:, None, None] for key in ("mean", "std"))
 
     def as_input(images: torch.Tensor) -> torch.Tensor:
@@ -294,6 +301,7 @@ def export_run(
                 structure=network.out_spec,
                 as_input=as_input,
                 max_drop=max_drop,
+                tuned=targets.finetuned(network, lowering, source, inside),
                 on=on,
                 engine=engine_options,
             )
@@ -302,7 +310,13 @@ def export_run(
             ran = targets.in_runtime(folder, first, target, threads)
     executed = count_executed(lowered)
     conversion = manifest.get("conversion") or {}
-    dropped = max_drop is not None and conversion.get("held_out", {}).get("drop_points", 0.0) > max_drop
+    held_out, speed = conversion.get("held_out"), ran.get("speedup")
+    warnings = [*conversion.get("warnings", ()), *manifest.get("tensorrt", {}).get("slow", ())]
+    dropped = max_drop is not None and held_out is not None and held_out["drop_points"] > max_drop
+    if held_out is not None and dropped:
+        warnings.append(f"the metric dropped by {held_out['drop_points']:.2f} points, by more than {max_drop:g}")
+    if speed is not None and speed["high"] < 1:
+        warnings.append(f"{1 / speed['speedup']:.2f} times slower than fp32 in the same form: ship --precision fp32")
     same = not ran or ran["parity"]["within"]
     return {
         "verdict": written and same and not dropped and (choice is None or choice.faster),
@@ -313,10 +327,11 @@ def export_run(
             **{"sliced_vs_onnx": parity, "images": len(images), precision: manifest["parity"]["error"]},
             **({targets.RUNTIMES[target]: ran["parity"]["error"]} if ran else {}),
         },
-        "held_out": conversion.get("held_out"),
-        "speedup_over_fp32": ran.get("speedup"),
+        "held_out": held_out,
+        "settings": conversion.get("settings"),
+        "speedup_over_fp32": speed,
         "latency": manifest.get("latency"),
-        "warnings": manifest.get("tensorrt", {}).get("slow", []),
+        "warnings": warnings,
         "volume_executed": executed.volume,
         "flops_executed": executed.flops,
         "bytes": (folder / "model.onnx").stat().st_size if written else None,

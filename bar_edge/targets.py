@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,19 +18,24 @@ from torch import Tensor, nn
 from bar_edge.bench import bench_onnx, compare, measurement, runner, save_measurement
 from bar_edge.bench.ssh import Device, Target
 from bar_edge.data import DataSource, Split
+from bar_edge.data.memory import RANDOM
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
 from bar_edge.export.artifact import convert_artifact
 from bar_edge.export.bundle import SCRIPT, write_bundle
 from bar_edge.export.device_build import ENGINE, build_and_check
+from bar_edge.export.lowering import folded, lower
+from bar_edge.export.onnx import Preprocessing, export_onnx
 from bar_edge.export.parity import cpu_session
 from bar_edge.export.precision import to_half
 from bar_edge.export.tensorrt import EngineOptions, import_tensorrt, manifest_path
 from bar_edge.export.verify import MANIFEST, MODEL, file_hash
 from bar_edge.models.zoo import parse_arguments
+from bar_edge.network import Network
 from bar_edge.network.network import unflatten
 from bar_edge.records import write_json
 from bar_edge.training import Task, evaluate
 from bar_edge_calibration.collect import random_images
+from bar_edge_calibration.finetune import finetune
 from bar_edge_calibration.quantize import Promise, quantize
 from bar_edge_calibration.recipe import load_recipe
 
@@ -50,6 +56,8 @@ RECIPES = {"onnx": "onnxruntime-cpu", "openvino": "openvino-cpu", "trt": "tensor
 #: images that ranges are taken of, and that a bundle carries
 CALIBRATION_IMAGES, BUNDLE_SAMPLES = 512, 256
 BATCH = 64
+#: batches of the last rung
+FINETUNE_STEPS = 200
 #: how long an engine's build on another device may take, in seconds
 BUILD_S = 3600.0
 
@@ -120,6 +128,7 @@ def write_converted(
     structure: Any,
     as_input: Callable[[Tensor], Tensor],
     max_drop: float | None,
+    tuned: Callable[[Path], None],
     on: str,
     engine: EngineOptions,
 ) -> dict[str, Any]:
@@ -137,6 +146,7 @@ def write_converted(
                 structure=structure,
                 as_input=as_input,
                 max_drop=max_drop,
+                tuned=tuned,
             )
             if not (on_device and manifest["parity"]["within"]):
                 return manifest
@@ -144,6 +154,19 @@ def write_converted(
         elif not on_device:
             return convert_artifact(source, folder, target=target, precision=precision, convert=_to_fp16)
         return write_trt(source, folder, target=target, precision=precision, on=on, engine=engine)
+
+
+def finetuned(
+    network: Network, lowering: str, data: DataSource, preprocessing: Preprocessing | None
+) -> Callable[[Path], None]:
+    """Return what writes a network's float file anew, with weights that learned under rounding on training images."""
+
+    def write(file: Path) -> None:
+        batches = data.fit.batches(BATCH, train=True, seed=0, epoch=0, device="cpu", augment="none")
+        learned = finetune(folded(network), (images for images, _ in itertools.islice(batches, FINETUNE_STEPS)))
+        export_onnx(lower(learned, lowering), network.input_shapes, file, preprocessing=preprocessing)
+
+    return write
 
 
 def _to_fp16(model: Path, new: Path) -> None:
@@ -160,11 +183,13 @@ def write_int8(
     structure: Any,
     as_input: Callable[[Tensor], Tensor],
     max_drop: float | None,
+    tuned: Callable[[Path], None],
 ) -> dict[str, Any]:
     """Write an artifact in INT8 from one in float32, calibrated on training images; returns the manifest.
 
     `conversion` holds what was done, the metric on held-out training images before and after, and whether it
-    fell by at most max_drop points. structure: of the network's outputs. Raises InputError for too few images.
+    fell by at most max_drop points; tuned: writes the float file anew, see `finetuned`; structure: of the
+    network's outputs. Raises InputError for too few images.
     """
     sign = 1.0 if task.higher_is_better else -1.0
 
@@ -179,10 +204,21 @@ def write_int8(
             images=Images(split=data.fit, number=CALIBRATION_IMAGES, as_input=as_input),
             data=data.name,
             recipe=load_recipe(RECIPES["trt" if target.startswith("trt") else target]),
-            promise=Promise(score=score, max_drop=max_drop) if max_drop is not None else None,
+            promise=Promise(score=score, max_drop=max_drop, finetune=tuned) if max_drop is not None else None,
         )
+        if data.name == RANDOM:
+            warning = "random images: the ranges mean nothing, the file is for measuring speed"
+            return {**record, "warnings": [*record["warnings"], warning]}
         before, after = sign * score(model), sign * score(new)
-        return {**record, "held_out": {"fp32": before, "int8": after, "drop_points": 100 * sign * (before - after)}}
+        return {
+            **record,
+            "held_out": {
+                "fp32": before,
+                "int8": after,
+                "drop_points": 100 * sign * (before - after),
+                "max_drop": max_drop,
+            },
+        }
 
     return convert_artifact(source, folder, target=target, precision="int8", convert=convert, own_outputs=True)
 

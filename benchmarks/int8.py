@@ -1,19 +1,27 @@
 """Prune, then INT8: accuracy on CIFAR-10, speed beside FP32 and BF16, memory of a calibration.
 
+    python benchmarks/int8.py --files FOLDER train --data FOLDER
     python benchmarks/int8.py --files FOLDER accuracy --data FOLDER
-    python benchmarks/int8.py --files FOLDER speed [--seconds 2]
+    python benchmarks/int8.py --files FOLDER check
+    python benchmarks/int8.py --files FOLDER files
+    python benchmarks/int8.py --files FOLDER speed [--seconds 1]
     python benchmarks/int8.py --files FOLDER memory [--images 64 256]
 
-accuracy: the networks in results/cifar10, calibrated on 500 training images, chosen for at most .5 points on
+train: the networks that results/cifar10 lacks, for a few hundred steps; pruned by the masks of masks.py.
+accuracy: the networks in results/cifar10 and those, calibrated on 500 training images, chosen for at most .5 points on
 5,000 held-out training images; the test split is read once, by FP32, by onnxruntime's static MinMax recipe and
-by ours, and McNemar's exact test compares the last two. speed: random weights and the random masks of
-masks.py, all files of a network in one interleaved run per runtime. Float files are kept in FOLDER.
+by ours, and McNemar's exact test compares the last two. check: of the
+same networks, what runs in float between INT8 convolutions of ONNX Runtime (nothing), and what TensorRT's checker
+says (accepted). speed: random weights and the random masks of
+masks.py, all files of a network in one interleaved run per runtime. Files are kept in FOLDER, what was measured
+in results/int8.json: an interrupted part goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -36,29 +44,75 @@ from bar_edge.data import DataSource, Split, load_data
 from bar_edge.errors import BarEdgeError
 from bar_edge.export.lowering import lower
 from bar_edge.export.onnx import export_onnx
-from bar_edge.models import build
+from bar_edge.export.trt_check import require_accepted
+from bar_edge.export.trt_operators import VERSIONS
+from bar_edge.models import ZOO, build
 from bar_edge.network import Network, trace
 from bar_edge.records import read_json, write_json
 from bar_edge.run import versions
 from bar_edge.surgery import slice_network
 from bar_edge_calibration.collect import random_images
+from bar_edge_calibration.islands import float_islands
 from bar_edge_calibration.quantize import Promise, quantize
 from bar_edge_calibration.recipe import load_recipe, recipes
 
 RESULTS = Path(__file__).resolve().parent / "results"
-TRAINED = ("resnet20_bar4_s0", "wrn-10-2_bar4_s0", "resnet20_dense_s0", "resnet20_bar2_s0", "wrn-10-2_dense_s0")
+#: what `train` adds: network -> what it starts from (a model of the zoo or a trained network), factor, steps
+SHORT = {
+    "resnet20_uneven16_s0": ("resnet20_dense_s0", 16, 1500),
+    "wrn-10-2_uneven16_s0": ("wrn-10-2_dense_s0", 16, 1500),
+    "mobilenetv2-half_dense_s0": ("mobilenetv2", 1, 300),
+    "mobilenetv2-half_uneven4_s0": ("mobilenetv2-half_dense_s0", 4, 300),
+}
+BATCH, PEAK_LR = 64, 3e-3
+TRAINED = ("resnet20_bar4_s0", "wrn-10-2_bar4_s0", "resnet20_dense_s0", "resnet20_bar2_s0", "wrn-10-2_dense_s0", *SHORT)
 #: networks that show the other recipes too, and ten times as many images
-WITH_ALL_RECIPES = ("resnet20_bar4_s0", "wrn-10-2_bar4_s0")
+WITH_ALL_RECIPES = ("resnet20_bar4_s0",)
 OURS = "onnxruntime-cpu"
 IMAGES, MORE_IMAGES, MAX_DROP, SEED = 500, 5000, 0.5, 0
-SPEED = ("resnet56", "wrn-16-4", "wrn-28-12")
-FACTORS, FORMS = (4, 16), ("slices", "zero-filled", "regular")
-#: what is measured: runtime, precision that its hint asks for, files by the recipe of
-RUNS = (
-    ("onnxruntime-cpu", "fp32", ("fp32", "int8")),
-    ("openvino-cpu", "fp32", ("fp32", "int8")),
-    ("openvino-cpu", "bf16", ("fp32",)),
-)
+SPEED = ("wrn-28-12", "wrn-16-4", "resnet56")
+FACTORS, FORMS = (4, 16), ("slices:4", "gather:16", "regular:16", "regular")
+#: runtime -> what it shall compute in where the file leaves it open
+RUNTIMES = {"onnxruntime-cpu": ("fp32",), "openvino-cpu": ("fp32", "bf16")}
+PRECISIONS = ("fp32", "bf16", "int8")
+
+
+# ------------------------------------------------------------------------------------------ train
+
+
+def trained(name: str) -> Path:
+    """Return the folder of a trained network."""
+    kept = RESULTS / "cifar10" / name / "network"
+    return kept if kept.is_dir() else RESULTS / "int8" / name / "network"
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train the networks of SHORT that are not there yet: AdamW, one cycle, bf16, one thread."""
+    torch.set_num_threads(1)
+    data = load_data(str(options.data))
+    for name, (origin, factor, steps) in SHORT.items():
+        if trained(name).is_dir():
+            continue
+        torch.manual_seed(SEED)
+        if origin in ZOO:
+            module = build(origin, input_shape=data.input_shape, classes=10, model_args=("width=0.5",))
+            network = trace(module.eval(), torch.zeros(2, *data.input_shape))
+        else:
+            network = Network.load(trained(origin))
+        network = slice_network(network, uneven_plan(network, factor, SEED)) if factor > 1 else network
+        optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_LR, weight_decay=5e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps)
+        epochs = (data.fit.batches(BATCH, train=True, seed=SEED, epoch=e, device="cpu") for e in itertools.count())
+        for images, labels in itertools.islice(itertools.chain.from_iterable(epochs), steps):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = network.train()(images)
+            loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        network.eval().save(RESULTS / "int8" / name / "network")
+        print(f"{name}: {loss.item():.2f}", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------ accuracy
@@ -123,12 +177,18 @@ def plain(source: Path, target: Path, images: Images) -> None:
     )
 
 
+def trained_file(name: str, folder: Path) -> Path:
+    """Export a trained network unless it is there."""
+    path = folder / f"{name}.onnx"
+    if not path.is_file():
+        network = Network.load(trained(name)).eval()
+        export_onnx(lower(network, "slices"), network.input_shapes, path)
+    return path
+
+
 def accuracy_of(name: str, data: DataSource, folder: Path) -> dict[str, Any]:
     """Quantise one trained network; returns accuracies on the test split and the records."""
-    source = folder / f"{name}.onnx"
-    if not source.is_file():
-        network = Network.load(RESULTS / "cifar10" / name / "network").eval()
-        export_onnx(lower(network, "slices"), data.input_shape, source)
+    source = trained_file(name, folder)
     scores: dict[str, float] = {}
 
     def score(path: Path) -> float:
@@ -194,98 +254,98 @@ def accuracy_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def check(options: argparse.Namespace) -> None:
+    """Print the float operations between INT8 convolutions in ONNX Runtime, and whether TensorRT's checker accepts."""
+    for name in TRAINED:
+        source = trained_file(name, options.files)
+        int8, tensorrt = (int8_file(source, recipe) for recipe in (OURS, "tensorrt"))
+        require_accepted(tensorrt)
+        print(
+            f"{name}: float between INT8 convolutions: {float_islands(int8)}; TensorRT {', '.join(VERSIONS)} accepted"
+        )
+
+
 # ------------------------------------------------------------------------------------------ speed
 
 
 def float_files(model: str, folder: Path) -> list[Path]:
     """Export the dense network and its pruned forms, those that are not there yet."""
-    names = [f"{model}.1x.dense", *(f"{model}.{factor}x.{form}" for factor in FACTORS for form in FORMS)]
-    paths = [folder / f"{name}.onnx" for name in names]
-    if all(path.is_file() for path in paths):
-        return paths
-    torch.manual_seed(SEED)
-    network = trace(build(model, input_shape=(3, 32, 32), classes=10).eval(), torch.zeros(2, 3, 32, 32)).eval()
-    export_onnx(lower(network, "slices"), (3, 32, 32), paths[0])
-    for factor in FACTORS:
-        sliced = slice_network(network, uneven_plan(network, factor, SEED)).eval()
-        for form in FORMS:
-            export_onnx(lower(sliced, form), (3, 32, 32), folder / f"{model}.{factor}x.{form}.onnx")
-    return paths
+    names = {"dense": (1, "slices")} | {f"{f}x.{form.replace(':', '_')}": (f, form) for f in FACTORS for form in FORMS}
+    paths = {name: folder / f"{model}.{name}.onnx" for name in names}
+    if not all(path.is_file() for path in paths.values()):
+        torch.manual_seed(SEED)
+        network = trace(build(model, input_shape=(3, 32, 32), classes=10).eval(), torch.zeros(2, 3, 32, 32)).eval()
+        sliced = {1: network} | {f: slice_network(network, uneven_plan(network, f, SEED)).eval() for f in FACTORS}
+        for name, (factor, form) in names.items():
+            if not paths[name].is_file():
+                export_onnx(lower(sliced[factor], form), (3, 32, 32), paths[name])
+    return list(paths.values())
 
 
-def int8_file(source: Path, runtime: str) -> Path:
-    """Quantise by the runtime's recipe, on random images: for speed only."""
-    target = source.with_name(f"{source.stem}.{runtime}-int8.onnx")
-    images = random_images(onnx.load(source), 64, SEED)
-    quantize(source, target, images=images, data="random", recipe=load_recipe(runtime), seed=SEED)
+def int8_file(source: Path, recipe: str) -> Path:
+    """Quantise by a recipe, on random images: for speed and structure only."""
+    target = source.with_name(f"{source.stem}.{recipe}.random.onnx")
+    if not target.is_file():
+        images = random_images(onnx.load(source), 64, SEED)
+        quantize(source, target, images=images, data="random", recipe=load_recipe(recipe), seed=SEED)
     return target
+
+
+def files(options: argparse.Namespace) -> None:
+    """Write all files that are measured."""
+    for model in SPEED:
+        for source in float_files(model, options.files):
+            print(source.stem, file=sys.stderr, flush=True)
+            for runtime in RUNTIMES:
+                int8_file(source, runtime)
 
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:
     """Measure all networks, interleaved within a network, runtime and number of threads."""
-    rows = []
-    for model in SPEED:
+    found = read_results().get("speed") or {"seed": SEED, "batch": 1, "seconds": options.seconds, "rows": []}
+    for model, (runtime, precisions), threads in itertools.product(SPEED, RUNTIMES.items(), (1, 2)):
+        if any((row["model"], row["runtime"], row["threads"]) == (model, runtime, threads) for row in found["rows"]):
+            continue
         sources = float_files(model, options.files)
-        for runtime, hint, precisions in RUNS:
-            files = [(p, hint) for p in sources]
-            if "int8" in precisions:
-                files += [(int8_file(p, runtime), "int8") for p in sources]
-            for threads in (1, 2):
-                try:
-                    measured = bench_onnx(
-                        [path for path, _ in files],
-                        runtime=runtime,
-                        precision=hint,
-                        threads=threads,
-                        seconds=options.seconds,
-                        seed=SEED,
-                    )
-                except BarEdgeError as error:
-                    rows.append({"model": model, "runtime": runtime, "threads": threads, "error": str(error)})
-                    continue
-                for source, (path, precision), latency in zip([*sources, *sources], files, measured, strict=False):
-                    samples = np.array(latency.samples_ms)
-                    p10, median, p90 = np.percentile(samples, [10, 50, 90]).tolist()
-                    _, factor, form = source.name.removesuffix(".onnx").rsplit(".", 2)
-                    assert path.name.startswith(source.stem)
-                    rows.append(
-                        {
-                            "model": model,
-                            "runtime": runtime,
-                            "threads": threads,
-                            "factor": factor,
-                            "form": form,
-                            "precision": precision,
-                            "median_ms": median,
-                            "p10_ms": p10,
-                            "p90_ms": p90,
-                            "runs": len(samples),
-                            "environment": latency.environment,
-                        }
-                    )
-            print(f"{model} {runtime} {hint}", file=sys.stderr, flush=True)
-    return {"seed": SEED, "seconds": options.seconds, "rows": rows}
+        for hint in precisions:
+            cells = [(source, source, hint) for source in sources]
+            if hint == "fp32":
+                cells += [(source, int8_file(source, runtime), "int8") for source in sources]
+            measured = bench_onnx(
+                [path for _, path, _ in cells],
+                runtime=runtime,
+                precision=hint,
+                threads=threads,
+                seconds=options.seconds,
+                seed=SEED,
+            )
+            for (source, _, precision), latency in zip(cells, measured, strict=True):
+                p10, median, p90 = np.percentile(latency.samples_ms, [10, 50, 90]).tolist()
+                row = {"model": model, "runtime": runtime, "threads": threads, "file": source.stem.partition(".")[2]}
+                row |= {"precision": precision, "median_ms": median, "p10_ms": p10, "p90_ms": p90}
+                found["rows"].append({**row, "runs": len(latency.samples_ms)})
+            found["environment"] = measured[0].environment
+        save("speed", found)
+        print(f"{model} {runtime} {threads}", file=sys.stderr, flush=True)
+    return found
 
 
 def speed_table(found: dict[str, Any]) -> str:
-    """Return Markdown: medians and 10th percentiles, the fastest form of each precision, and the gain of INT8."""
-    cells: dict[tuple[str, int, str, str], dict[str, dict[str, Any]]] = {}
-    lines = []
+    """Return Markdown: medians in ms, and how many times faster INT8 is than FP32: fastest files, and same form."""
+    cells: dict[tuple[str, str, int, str], dict[str, dict[str, float]]] = {}
     for row in found["rows"]:
-        if "error" in row:
-            lines.append(f"{row['model']} {row['runtime']}: {row['error']}")
-            continue
-        best = cells.setdefault((row["model"], row["threads"], row["factor"], row["runtime"]), {})
-        if row["precision"] not in best or row["median_ms"] < best[row["precision"]]["median_ms"]:
-            best[row["precision"]] = row
-    lines += ["| network | threads | volume | runtime | FP32 ms | BF16 ms | INT8 ms | FP32 / INT8 |", "|---" * 8 + "|"]
-    for (model, threads, factor, runtime), best in cells.items():
-        texts = []
-        for precision in ("fp32", "bf16", "int8"):
-            row = best.get(precision)
-            texts.append(f"{row['median_ms']:.3g} ({row['p10_ms']:.3g}) {row['form']}" if row else "")
-        gain = best["fp32"]["median_ms"] / best["int8"]["median_ms"] if {"fp32", "int8"} <= best.keys() else math.nan
-        lines.append(f"| {model} | {threads} | {factor} | {runtime} | {' | '.join(texts)} | {gain:.2f} |")
+        volume, _, form = row["file"].partition(".")
+        cell = cells.setdefault((row["model"], row["runtime"], row["threads"], volume), {})
+        cell.setdefault(row["precision"], {})[form] = row["median_ms"]
+    lines = ["| network | runtime | threads | volume | FP32 | BF16 | INT8 | INT8, fastest | same form | mixed |"]
+    lines.append("|---" * 10 + "|")
+    for (model, runtime, threads, volume), cell in cells.items():
+        best = {precision: min(forms, key=forms.__getitem__) for precision, forms in cell.items()}
+        texts = [f"{cell[p][best[p]]:.3g} {best[p].replace('_', ':')}" if p in best else "" for p in PRECISIONS]
+        fp32, int8, form = cell["fp32"], cell["int8"], best["int8"]
+        gains = [min(fp32.values()) / int8[form], fp32[form] / int8[form], int8.get("regular", math.nan) / int8[form]]
+        texts += [f"{gain:.2f}" for gain in gains]
+        lines.append(f"| {model} | {runtime} | {threads} | {volume} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
@@ -333,15 +393,16 @@ def save(part: str, found: dict[str, Any]) -> None:
 def main() -> None:
     """Run one part; what it finds goes into results/int8.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["accuracy", "speed", "memory", "one"])
+    parser.add_argument("part", choices=["train", "accuracy", "check", "files", "speed", "memory", "one"])
     parser.add_argument("--files", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="CIFAR-10 as Parquet")
-    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--images", type=int, nargs="+", default=[64, 256])
     options = parser.parse_args()
     options.files.mkdir(parents=True, exist_ok=True)
-    if options.part == "one":
-        one(options)
+    others = {"train": train, "check": check, "files": files, "one": one}
+    if options.part in others:
+        others[options.part](options)
         return
     found = {"accuracy": accuracy, "speed": speed, "memory": memory}[options.part](options)
     save(options.part, found)

@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from bar_edge.errors import InputError
-from bar_edge.export.lowering import lower
+from bar_edge.export.lowering import folded, lower
 from bar_edge.export.onnx import export_onnx
 from bar_edge.models import build
 from bar_edge.network import trace
@@ -22,6 +22,7 @@ from bar_edge.records import ChannelPlan
 from bar_edge.surgery import slice_network
 from bar_edge_calibration.collect import Calibration, collect
 from bar_edge_calibration.equalise import equalise
+from bar_edge_calibration.finetune import finetune
 from bar_edge_calibration.graph import Graph, prepare
 from bar_edge_calibration.islands import float_islands, optimised
 from bar_edge_calibration.place import place
@@ -311,7 +312,13 @@ def test_each_rung_is_kept_only_if_it_helps(files, tmp_path):
     target, record = quantised(files, "wrn-16-1", "onnxruntime-cpu", tmp_path, promise=promise)
     assert [rung["kept"] for rung in record["rungs"]] == [True, False, True, False, False, True, True]
     assert record["rungs"][2]["change"] == {"ranges": "percentile"}
-    expected = {"ranges": "percentile", "bias_correction": True, "equalised": True, "float_layers": []}
+    expected = {
+        "ranges": "percentile",
+        "bias_correction": True,
+        "equalised": True,
+        "finetuned": False,
+        "float_layers": [],
+    }
     assert record["settings"] == expected and record["score"]["int8"] == 0.85 and record["score"]["within"]
     assert float_islands(target) == []
 
@@ -325,6 +332,46 @@ def test_a_promise_missed_says_so_and_names_the_sensitive_layers(files, tmp_path
     tried = [rung["change"]["float_layers"] for rung in record["rungs"] if rung["rung"] == "float layers"]
     assert len(tried) == len(record["sensitivity"]) // 4 and all(layers[0] == most for layers in tried)
     assert len(ops(optimised(target), "Conv")) + len(ops(optimised(target), "FusedConv")) == 1
+
+
+def test_the_last_rung_is_a_finetuned_network(files, tmp_path):
+    def tuned(path):
+        model = onnx.load(files / "wrn-16-1.onnx")
+        (last,) = (t for t in model.graph.initializer if t.dims == [4] and t.name.endswith("bias"))
+        last.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(last) + np.float32(100), last.name))
+        onnx.save(model, path)
+
+    def score(path):
+        return 0.9 if path.parent == files or outputs(str(path), images(4)).min() > 50 else 0.5
+
+    promise = Promise(score=score, max_drop=1.0, finetune=tuned)
+    target, record = quantised(files, "wrn-16-1", "onnxruntime-cpu", tmp_path, promise=promise)
+    assert record["rungs"][-1]["rung"] == "fine-tuning" and record["rungs"][-1]["kept"]
+    assert record["settings"]["finetuned"] and record["score"]["within"]
+    assert outputs(str(target), images(4)).min() > 50
+
+
+def test_finetuning_brings_the_rounded_network_nearer(tmp_path):
+    name = "resnet20"
+    torch.manual_seed(0)
+    network = folded(trace(randomise(build(name, input_shape=(3, 8, 8), classes=4)).eval(), torch.zeros(2, 3, 8, 8)))
+    batches = [torch.from_numpy(images(32, seed=i)) for i in range(40)]
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    tuned = finetune(network, batches)
+    assert tuned.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    moved = [key for key, value in tuned.state_dict().items() if not torch.equal(value, before[key])]
+    assert any(key.endswith("weight") for key in moved)
+
+    def error(other):
+        export_onnx(lower(other, "slices"), (3, 8, 8), tmp_path / f"{name}.onnx")
+        target, _ = quantised(tmp_path, name, "onnxruntime-cpu", tmp_path)
+        with torch.no_grad():
+            return relative_error(
+                network(torch.from_numpy(images(64, seed=99))).numpy(), outputs(str(target), images(64, seed=99))
+            )
+
+    assert error(tuned) < error(network)
 
 
 def test_images_that_are_gone_after_one_reading(files, tmp_path):

@@ -12,6 +12,7 @@ import onnx
 import pytest
 from safetensors.numpy import load_file
 
+from bar_edge import targets
 from bar_edge.config import RunConfig, TrainConfig
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
 from bar_edge.export.parity import TOLERANCES
@@ -46,7 +47,10 @@ def test_fp16_computes_in_half_and_answers_alike(run: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_int8_says_what_it_costs_and_keeps_the_promise_or_not(run: Path, tmp_path: Path, inside: bool) -> None:
+def test_int8_says_what_it_costs_and_keeps_the_promise_or_not(
+    run: Path, tmp_path: Path, inside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "FINETUNE_STEPS", 2)
     answer: dict[str, Any] = export_run(
         run, precision="int8", lowering="slices:16", max_drop=100.0, with_preprocessing=inside, out=tmp_path / "int8"
     )
@@ -59,9 +63,19 @@ def test_int8_says_what_it_costs_and_keeps_the_promise_or_not(run: Path, tmp_pat
     assert manifest["conversion"]["calibration"]["images"] == 512
     assert verify(tmp_path / "int8")["verdict"]
     if not inside:  # nothing gains a hundred points
-        assert not export_run(run, precision="int8", choice_seconds=1.0, max_drop=-100.0, out=tmp_path / "never")[
-            "verdict"
-        ]
+        never = export_run(run, precision="int8", choice_seconds=1.0, max_drop=-100.0, out=tmp_path / "never")
+        assert not never["verdict"] and any("by more than -100" in warning for warning in never["warnings"])
+        conversion = read_json(tmp_path / "never" / "manifest.json")["conversion"]
+        assert conversion["rungs"][-1]["rung"] == "fine-tuning" and conversion["sensitivity"]
+
+
+def test_random_images_are_for_speed_alone(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--max-drop"):
+        export_run(run, precision="int8", data="random", max_drop=1.0, out=tmp_path / "none")
+    answer = export_run(run, precision="int8", lowering="slices", data="random", out=tmp_path / "random")
+    assert answer["verdict"] and answer["held_out"] is None
+    assert any("random images" in warning for warning in answer["warnings"])
+    assert read_json(tmp_path / "random" / "manifest.json")["conversion"]["calibration"]["data"] == "random"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from bar_edge.data import augment as augmentation
-from bar_edge.data.source import Targets, count_batches, each, take
+from bar_edge.data.source import DataSource, Shape, Targets, count_batches, each, generator, take
+
+#: name of images without meaning, and how many there are
+RANDOM, RANDOM_IMAGES, RANDOM_HELD_OUT = "random", 512, 256
 
 
 class Pixels:
@@ -65,3 +68,27 @@ class MemorySplit:
             chosen = images[indices[part]], take(targets, indices[part])
             moved, aims = augmentation.move(*chosen, rows[part], columns[part], flip[part], names)
             yield augmentation.normalise(moved, self.mean, self.std), aims
+
+
+def random_data(
+    input_shape: Shape, classes: tuple[str, ...], mean: tuple[float, ...], std: tuple[float, ...]
+) -> DataSource:
+    """Return images and labels without meaning, for measuring speed where the data set is not at hand."""
+    count = RANDOM_IMAGES + RANDOM_HELD_OUT
+    images = torch.randint(0, 256, (count, *input_shape), dtype=torch.uint8, generator=generator(0))
+    pixels = Pixels(images, torch.zeros(count, dtype=torch.int64))
+
+    def split(start: int, end: int) -> MemorySplit:
+        return MemorySplit(pixels=pixels, indices=torch.arange(start, end), mean=mean, std=std, automatic=())
+
+    held_out = split(RANDOM_IMAGES, count)
+    return DataSource(
+        name=RANDOM,
+        input_shape=input_shape,
+        classes=classes,
+        mean=mean,
+        std=std,
+        fit=split(0, RANDOM_IMAGES),
+        held_out=held_out,
+        test=held_out,
+    )

@@ -35,8 +35,14 @@ class Settings:
     ranges: str
     bias_correction: bool = False
     equalised: bool = False
+    finetuned: bool = False
     #: names of layers
     float_layers: tuple[str, ...] = ()
+
+    @property
+    def network(self) -> str:
+        """Return which of the equal networks is rounded."""
+        return "finetuned" if self.finetuned else "equalised" if self.equalised else "given"
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as JSON data."""
@@ -51,6 +57,8 @@ class Promise:
     score: Callable[[Path], float]
     #: largest drop that is accepted, in points: hundredths of the metric
     max_drop: float
+    #: writes the float file anew with weights that learned under rounding (see `finetune`): the last rung
+    finetune: Callable[[Path], None] | None = None
 
 
 def quantize(
@@ -125,8 +133,8 @@ class _Ladder:
         images: Iterable[np.ndarray],
     ) -> None:
         self.source, self.candidate, self.recipe, self.images = source, candidate, recipe, images
-        self.networks = {False: (model, calibration)}  # equalised -> network and what was observed in it
-        self.found_ranges: dict[tuple[bool, str], dict[str, Range]] = {}
+        self.networks = {"given": (model, calibration)}  # with what was observed in each
+        self.found_ranges: dict[tuple[str, str], dict[str, Range]] = {}
         self.best = Settings(ranges=recipe.ranges)
         self.best_score = -math.inf
         self.reference = math.nan
@@ -141,7 +149,7 @@ class _Ladder:
         limit = self.reference - promise.max_drop / 100
         # where scores are shares of n images, limit is one of them but for the last bit
         tried = set[Settings]()
-        for rung, settings in self._proposals():
+        for rung, settings in self._proposals(promise.finetune):
             if settings in tried:
                 continue
             tried.add(settings)
@@ -173,7 +181,7 @@ class _Ladder:
         """Write the candidate that these settings give."""
         self.candidate.write_bytes(self._quantised(settings).SerializeToString(deterministic=True))
 
-    def _proposals(self) -> Iterator[tuple[str, Settings]]:
+    def _proposals(self, finetune: Callable[[Path], None] | None) -> Iterator[tuple[str, Settings]]:
         """Yield (rung, settings), each a step from the best so far."""
         yield "recipe", self.best
         for method in METHODS:
@@ -187,9 +195,14 @@ class _Ladder:
         by_sensitivity = sorted(self.sensitivity, key=lambda name: -(self.sensitivity or {})[name])
         for name in by_sensitivity[: max(1, int(MAX_FLOAT_SHARE * len(by_sensitivity)))]:
             yield "float layers", dataclasses.replace(self.best, float_layers=(*self.best.float_layers, name))
+        if finetune is not None:
+            self._finetune(finetune)
+            tuned = dataclasses.replace(self.best, finetuned=True, equalised=False, bias_correction=False)
+            yield "fine-tuning", dataclasses.replace(tuned, float_layers=())
+            yield "fine-tuning", tuned
 
     def _quantised(self, settings: Settings) -> onnx.ModelProto:
-        model, calibration = self.networks[settings.equalised]
+        model, calibration = self.networks[settings.network]
         return place(
             model,
             self._ranges(settings),
@@ -199,22 +212,29 @@ class _Ladder:
         )
 
     def _ranges(self, settings: Settings) -> dict[str, Range]:
-        key = (settings.equalised, settings.ranges)
+        key = (settings.network, settings.ranges)
         if key not in self.found_ranges:
-            self.found_ranges[key] = self.networks[settings.equalised][1].ranges(settings.ranges)
+            self.found_ranges[key] = self.networks[settings.network][1].ranges(settings.ranges)
         return self.found_ranges[key]
 
     def _equalise(self) -> bool:
-        model, calibration = self.networks[False]
-        equal, pairs = equalise(model)
+        equal, pairs = equalise(self.networks["given"][0])
         if pairs:
-            again = collect(self.source, equal, self.images, data=calibration.data, seed=calibration.seed)
-            self.networks[True] = (equal, again)
+            self.networks["equalised"] = (equal, self._collect(equal))
         return bool(pairs)
+
+    def _finetune(self, finetune: Callable[[Path], None]) -> None:
+        finetune(self.candidate)
+        tuned = prepare(_load(self.candidate), batchnorm_as_convolution=self.recipe.batchnorm == "convolution")
+        self.networks["finetuned"] = (tuned, self._collect(tuned))
+
+    def _collect(self, model: onnx.ModelProto) -> Calibration:
+        given = self.networks["given"][1]
+        return collect(self.source, model, self.images, data=given.data, seed=given.seed)
 
     def _sensitivity(self) -> dict[str, float]:
         """Return, per layer, the output's error in squares, relative, if this layer alone runs in INT8."""
-        model, _ = self.networks[self.best.equalised]
+        model, _ = self.networks[self.best.network]
         ranges, graph = self._ranges(self.best), Graph(model)
         layers = [node.name for node in graph.nodes if graph.is_layer(node)]
         sample = list(_first(self.images, SENSITIVITY_IMAGES))
