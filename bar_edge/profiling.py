@@ -16,7 +16,7 @@ from bar_edge.errors import InputError
 from bar_edge.export.lowering import lower
 from bar_edge.export.onnx import export_onnx
 from bar_edge.export.placement import Form
-from bar_edge.methods import GateLayout, random_plan
+from bar_edge.methods import GateLayout, random_plan, smallest_cost
 from bar_edge.network import Network, count
 from bar_edge.network.channels import passages
 from bar_edge.network.latency import LatencyCounter, largest_widths
@@ -149,7 +149,8 @@ def _lines(prober: Prober, largest: dict[Kind, tuple[int, ...]]) -> list[dict[st
 def _whole(prober: Prober, network: Network, lowering: str) -> list[tuple[ChannelPlan, float]]:
     """Measure random plans of the network, interleaved."""
     layout, volume = GateLayout(network), count(network).volume
-    plans = [random_plan(layout, "volume", share * volume, seed) for seed, share in enumerate(SHARES)]
+    limits = [max(share * volume, smallest_cost(layout, "volume")) for share in SHARES]
+    plans = [random_plan(layout, "volume", limit, seed) for seed, limit in enumerate(limits)]
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{i}.onnx" for i in range(len(plans))]
         for plan, file in zip(plans, files, strict=True):

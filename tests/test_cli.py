@@ -213,7 +213,7 @@ def test_deploy_reads_a_file_and_hands_on_the_rest(pipeline, tmp_path):
             "profile",
             ("m",),
             {"model_args": (), "data": "digits", "input_shape": None, "out": Path("t.json")}
-            | {"runtime": "onnxruntime-cpu", "threads": 2, "on": "ssh://board"},
+            | {"runtime": "onnxruntime-cpu", "threads": 2, "lowering": "auto", "on": "ssh://board"},
         ),
         (
             "slice --model m --plan p.json --weights w --out o",

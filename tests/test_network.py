@@ -125,6 +125,7 @@ def test_dropout_drops_in_training_only(kind: type[nn.Module]) -> None:
     module = nn.Sequential(conv(), kind(0.5))
     network = same(module)
     assert (network(images()) == 0).sum() == 0
+    torch.manual_seed(0)
     dropped = (network.train()(images()) == 0).float().mean()
     assert 0.1 < dropped < 0.9
 

@@ -20,7 +20,10 @@ def mixing_node(network: Network) -> fx.Node | None:
 
     Operators with a channel rule leave the batch alone. Where there are others, or the first axis is not the
     batch, the network runs in eval mode on one image between others: its answer must not change with them.
+    A network on the meta device has no values to run.
     """
+    if any(parameter.is_meta for parameter in network.parameters()):
+        return None
     found = passages(network)
     if all(passage.kind != "opaque" and network.shapes[node.name][0] == 2 for node, passage in found.items()):
         return None
