@@ -354,8 +354,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.files or Path(temporary)
         for name, model, factor, seed in cells():
-            wanted = not options.cells or f"{name} ".startswith(f"{options.cells} ")
-            if options.table or name in results["cells"] or not wanted:
+            asked = not options.cells or f"{name} ".startswith(f"{options.cells} ")
+            if options.table or name in results["cells"] or not asked:
                 continue
             files, counted = prepare(folder / name.replace(" ", "_"), model, factor, seed)
             if options.prepare:

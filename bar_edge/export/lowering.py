@@ -258,12 +258,12 @@ class _Lowerer:
         """
         source, n, before = operands(node)[1], len(module.positions_b), len(module.positions_a)
         writer = self.network.module_of(source)
-        if not (writer is not None and self._splits(source) and _cost(writer) * (module.width - n) <= n * module.width):
+        if writer is not None and self._splits(source) and _cost(writer) * (module.width - n) <= n * module.width:
+            b = self._live(source.all_input_nodes[0])
+        else:
             kind = CONVOLUTIONS[len(self.network.shapes[node.name])]
             writer = kind(n, n, 1, bias=False, dtype=next(self.network.body.parameters()).dtype)
             nn.init.dirac_(writer.weight)
-        else:
-            b = self._live(source.all_input_nodes[0])
         parts = []
         for name, first, end in (("old", 0, before), ("new", before, module.width)):
             origin = {place - first: i for i, place in enumerate(module.positions_b) if first <= place < end}
