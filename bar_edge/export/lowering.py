@@ -113,7 +113,7 @@ class _Lowerer:
         self.runs = {
             node: runs
             for stream, form in zip(streams, forms, strict=False)
-            if form.kind in ("blocks", "zero-filled")
+            if form.kind == "blocks"
             for node, runs in _runs(stream).items()
         }
         self.places = (
@@ -195,10 +195,10 @@ class _Lowerer:
                 part = self._slice(b, start, end, len(positions))
                 wide = self._padded(part, node, positions[start], module.width - positions[end - 1] - 1)
                 x = self.graph.call_function(aten.add.Tensor, (x, wide))
-        elif kind == "gather":
-            x = self.graph.call_function(aten.add.Tensor, (x, self._gathered(b, node, module)))
-        else:
+        elif kind == "scatter" or module.positions_b == tuple(range(module.width)):
             x = self._added(aten.index_add.default, x, b, module.positions_b, module.width)
+        else:
+            x = self.graph.call_function(aten.add.Tensor, (x, self._gathered(b, node, module)))
         self.made[node] = x
 
     def _paper(self, node: fx.Node, module: MixedAdd) -> None:

@@ -25,7 +25,7 @@ class Form:
                   a writer makes its own channels, which go to their places by Slice, Add and Concat, by Pad and
                   Add, by Gather from a padded tensor, by ScatterND, or by a convolution of 1x1 that adds
     blocks        a writer makes whole blocks of `rounding` channels, one convolution per block or run of blocks
-    zero-filled   a writer makes all channels of the stream so far, one convolution for the old, one for the new
+    zero-filled   a writer makes all channels of the stream so far, which is padded where it grows: plain additions
     regular       all tensors of the stream hold the union of its channels, plain additions
     rounding      widths are filled up to multiples of it
     """
