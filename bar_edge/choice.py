@@ -20,9 +20,16 @@ from bar_edge.training import NoProgress, Progress
 CANDIDATES = {
     ("onnxruntime-cpu", "fp32"): ("gather:4", "pointwise:16", "slices:4", "regular:16", "scatter", "regular"),
     ("openvino-cpu", "fp32"): ("slices", "pointwise", "slices:4", "pointwise:16", "regular:16", "regular"),
-    ("onnxruntime-cpu", "int8"): ("pointwise:16", "slices", "slices:16", "regular:16", "regular"),
-    ("openvino-cpu", "int8"): ("slices:16", "regular:16", "pointwise:16", "blocks:32", "regular"),
-    ("openvino-cpu", "bf16"): ("slices:16", "pointwise:16", "regular:16", "pointwise:32", "blocks:32", "regular"),
+    ("onnxruntime-cpu", "int8"): ("pointwise:16", "slices", "zero-filled", "slices:16", "regular:16", "regular"),
+    ("openvino-cpu", "int8"): (
+        "zero-filled:16",
+        "regular:16",
+        "zero-filled:32",
+        "pointwise:16",
+        "slices:16",
+        "regular",
+    ),
+    ("openvino-cpu", "bf16"): ("pointwise:16", "slices:16", "zero-filled:16", "regular:16", "pointwise:32", "regular"),
 }
 #: for a runtime that is not among them
 ELSEWHERE = ("gather:4", "pointwise:16", "slices", "regular:16", "regular")

@@ -27,7 +27,7 @@ import torch
 
 from bar_edge.bench import bench_onnx, compare
 from bar_edge.bench.statistics import median_ms
-from bar_edge.choice import CANDIDATES
+from bar_edge.choice import CANDIDATES, choose_lowering
 from bar_edge.export.lowering import lower
 from bar_edge.export.onnx import export_onnx
 from bar_edge.export.widen import regular_form
@@ -42,6 +42,7 @@ from benchmarks.masks import CELLS, uneven_plan
 
 HERE = Path(__file__).parent / "results"
 RESULTS = HERE / "mixed_connectivity.json"
+LOW = HERE / "mixed_connectivity_low.json"
 OTHERS = ("regular", "paper", "scatter")
 #: learned plans of the CIFAR-10 runs: folder -> dense network's folder
 LEARNED = {
@@ -50,6 +51,8 @@ LEARNED = {
     "wrn-10-2_bar4_s0": "wrn-10-2_dense_s0",
 }
 CHOOSE_S, JUDGE_S, DENSE_S = 0.3, 0.8, 0.8
+#: of trying forms in a low precision
+LOW_S = 150.0
 
 
 def cells() -> Iterator[tuple[str, str, int, int]]:
@@ -228,41 +231,32 @@ def profile(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def low_precision(folder: Path, *, only_prepare: bool, seeds: range = range(3)) -> str:
-    """Return wrn-28-12 at 4x and 16x in bf16 and INT8 (calibrated on noise: for speed), as Markdown.
+def low_precision(seeds: range = range(3)) -> str:
+    """Return what `--lowering auto` makes of wrn-28-12 at 4x and 16x in bf16 and INT8, as Markdown.
 
-    Chosen among the candidates in one measurement, judged in another.
+    INT8 is calibrated on noise, for speed. Resumable; what was measured lies in the results.
     """
-    lines = ["| runtime, precision | factor | seed | ours | ours ms | x regular (95 %) |", "|---" * 6 + "|"]
+    rows: list[dict[str, Any]] = read_json(LOW)["rows"] if LOW.is_file() else []
     for seed in seeds:
         for factor in (4, 16):
-            for (runtime, precision), candidates in CANDIDATES.items():
-                if precision == "fp32":
+            for runtime, precision in CANDIDATES:
+                key = {"runtime": runtime, "precision": precision, "factor": factor, "seed": seed}
+                if precision == "fp32" or any(key.items() <= row.items() for row in rows):
                     continue
-                own = folder / f"wrn-28-12_{factor}x_seed_{seed}"
-                own.mkdir(parents=True, exist_ok=True)
-                files = {c: own / f"{c.replace(':', '_')}-{runtime}-{precision}.onnx" for c in candidates}
+                dense, sliced = networks("wrn-28-12", factor, seed)
                 convert = for_speed({"onnxruntime-cpu": "onnx", "openvino-cpu": "openvino"}[runtime], precision)
-                missing = [form for form in candidates if not files[form].is_file()]
-                for sliced in [networks("wrn-28-12", factor, seed)[1]] if missing else []:
-                    for form in missing:
-                        part = files[form].with_suffix(".part")
-                        export_onnx(lower(sliced, form), sliced.input_shapes, part)
-                        if convert is not None:
-                            convert(part)
-                        part.rename(files[form])
-                if only_prepare:
-                    continue
-                options: dict[str, Any] = {"runtime": runtime, "precision": "fp32" if convert else precision}
-                tried = bench_onnx(list(files.values()), seconds=CHOOSE_S, **options)
-                ours = min(zip(candidates, map(median_ms, tried), strict=True), key=lambda pair: pair[1])[0]
-                a, b = bench_onnx([files[ours], files["regular"]], seconds=2 * JUDGE_S, **options)
-                ratio = compare(a, b)
-                lines.append(
-                    f"| {runtime}, {precision} | {factor}x | {seed} | {ours} | {median_ms(a):.3f} "
-                    f"| {ratio.speedup:.2f} ({ratio.low:.2f}, {ratio.high:.2f}) |"
+                found = choose_lowering(
+                    sliced, dense, runtime=runtime, precision=precision, seconds=LOW_S, convert=convert
                 )
-                print(lines[-1], flush=True)
+                rows.append({**key, **dataclasses.asdict(found)})
+                write_json(LOW, {"rows": rows, "versions": versions()})
+    lines = ["| runtime, precision | factor | seed | ours | ours ms | x regular | x dense |", "|---" * 7 + "|"]
+    for row in rows:
+        regular, dense = (row[f"{name}_ms"] / row["chosen_ms"] for name in ("regular", "dense"))
+        lines.append(
+            f"| {row['runtime']}, {row['precision']} | {row['factor']}x | {row['seed']} | {row['lowering']} "
+            f"| {row['chosen_ms']:.3f} | {regular:.2f} | {dense:.1f} |"
+        )
     return "\n".join(lines)
 
 
@@ -341,14 +335,17 @@ def main() -> None:
     parser.add_argument("--modules", action="store_true", help="only measure the nn.Modules in torch")
     parser.add_argument("--full-width", action="store_true", help="only measure the stream at its full width")
     options = parser.parse_args()
-    for wanted, show in ((options.full_width, full_width), (options.modules, modules)):
+    for wanted, show in (
+        (options.low, low_precision),
+        (options.modules, modules),
+        (options.full_width, full_width),
+    ):
         if wanted:
             print(show())
             return
-    if options.low or options.profile:
+    if options.profile:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = options.files or Path(temporary)
-            print(profile(folder) if options.profile else low_precision(folder, only_prepare=options.prepare))
+            print(profile(options.files or Path(temporary)))
         return
     results = read_json(RESULTS) if RESULTS.is_file() else {"cells": {}, "versions": versions()}
     with tempfile.TemporaryDirectory() as temporary:
