@@ -124,9 +124,7 @@ class Run:
             gates = pruner.network.gates
             found = {"scores": gates.log_alpha.detach().cpu().clone(), "opened": gates.opened().cpu()}
             save_file(found, self.out / "checkpoints" / "gates.safetensors")
-            with torch.no_grad():  # a channel that comes back starts at half of its weight: from 0 it learns nothing
-                gates.log_alpha[~gates.opened()] = 0.0
-            pruner.finish()[0].save(self.out / "checkpoints" / "folded")
+            folded.save(self.out / "checkpoints" / "folded")
         return folded, plan, int(end["forced"])
 
     def corrected(self, limit: float) -> tuple[Network, ChannelPlan, int]:

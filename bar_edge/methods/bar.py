@@ -148,12 +148,16 @@ class BAR:
 
         Returns the folded dense-shaped network, the plan, and {"forced": gates that the projection closed}.
         """
-        gates = self.network.gates
+        gates, limit = self.network.gates, self.schedule.limit
+        scores = gates.log_alpha.detach().clone()
+        plan, forced = project(self.layout, scores, gates.opened(), self.budget.metric, limit)
         folded = copy.deepcopy(self.dense)
         if self.config.kept_gate == "fold":
-            fold(folded, self.network)
-        limit = self.schedule.limit
-        plan, forced = project(self.layout, gates.log_alpha, gates.opened(), self.budget.metric, limit)
+            with torch.no_grad():
+                if self.budget.metric == "ms":  # a channel that comes back starts at half: from 0 it learns nothing
+                    gates.log_alpha[~gates.opened()] = 0.0
+                fold(folded, self.network)
+                gates.log_alpha.copy_(scores)
         return folded, plan, {"forced": forced}
 
     def slice(self) -> Network:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, fx
@@ -14,6 +14,9 @@ from bar_edge.network.channels import Passage, is_whole
 from bar_edge.network.cost import prunable, units
 from bar_edge.network.trace import source_line
 from bar_edge.records import Budget, ChannelPlan, Metric
+
+#: how many costs are tried to use what a budget in ms leaves
+REFILLS = 150
 
 
 def budget_limit(layout: GateLayout, budget: Budget) -> float:
@@ -278,7 +281,8 @@ def project(
 
     scores: (gates,), opened: (gates,) bool. The best channel of every protected set stays. Ties: the larger
     map goes first. Gates that operators or `round_to` tie together open and close together: a bundle half
-    of which is open opens. Costs are those of `count`, after dead layers are removed.
+    of which is open opens. Costs are those of `count`, after dead layers are removed. In ms, all that still
+    fits opens again, whatever closed it: up to the hardware's next step a channel costs nothing.
     """
     opened, scores = opened.cpu(), scores.detach().cpu().double()
     bundle = _bundles(layout, scores, opened)
@@ -300,19 +304,40 @@ def project(
     def left(closed: int) -> Tensor:
         open_bundles = alive.clone()
         open_bundles[order[:closed]] = False
-        return open_bundles[bundle]
+        return open_bundles
 
-    def cost(closed: int) -> float:
-        return layout.cost(layout.kept(left(closed)), metric)
+    def fits(open_bundles: Tensor) -> bool:
+        return layout.cost(layout.kept(open_bundles[bundle]), metric) <= limit
 
-    low, high = -1, len(order)  # cost(high) fits, cost(low) does not
-    assert cost(high) <= limit, "the cheapest path fits every feasible budget"
-    if cost(0) <= limit:  # not found by halving where additions cost more once they are mixed
+    low, high = -1, len(order)  # left(high) fits, left(low) does not
+    assert fits(left(high)), "the cheapest path fits every feasible budget"
+    if fits(left(0)):  # not found by halving where additions cost more once they are mixed
         high = 0
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if cost(middle) <= limit else (middle, high)
-    return layout.plan(left(high)), int(size[order[:high]].sum())
+        low, high = (low, middle) if fits(left(middle)) else (middle, high)
+    chosen = left(high)
+    if metric == "ms":
+        ranked = by_area[torch.argsort(-mean[by_area], stable=True)]
+        chosen = _refilled(chosen, ranked[~chosen[ranked]], fits)
+    return layout.plan(chosen[bundle]), int(size[alive & ~chosen].sum())
+
+
+def _refilled(alive: Tensor, closed: Tensor, fits: Callable[[Tensor], bool]) -> Tensor:
+    """Open closed bundles again, the best first, as long as that fits; by halving, for REFILLS costs at most."""
+    pending = [closed] if len(closed) else []
+    for _ in range(REFILLS):
+        if not pending:
+            break
+        bundles = pending.pop()
+        trial = alive.clone()
+        trial[bundles] = True
+        if fits(trial):
+            alive = trial
+        elif len(bundles) > 1:
+            half = len(bundles) // 2
+            pending += [bundles[half:], bundles[:half]]
+    return alive
 
 
 def _area(layout: GateLayout, name: str) -> int:
