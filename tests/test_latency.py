@@ -171,11 +171,21 @@ def test_the_projection_meets_the_budget(network: Network, table: LatencyTable, 
     assert 0.8 * limit < layout.cost(plan.kept, "ms") <= limit
 
 
-def test_a_lower_limit_closes_more_gates(network: Network, table: LatencyTable) -> None:
+@pytest.mark.parametrize("opened", [0.5, 1.0])
+def test_channels_open_again_where_the_hardwares_steps_leave_room(
+    network: Network, table: LatencyTable, opened: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layout = GateLayout(network, table=table)
-    full = layout.cost({}, "ms")
-    wide, narrow = (random_plan(layout, "ms", share * full, 0).kept for share in (0.6, 0.5))
-    assert all(set(narrow[name]) <= set(wide[name]) for name in wide)
+    limit = 0.6 * layout.cost({}, "ms")
+    scores = torch.randn(layout.size, generator=torch.Generator().manual_seed(1))
+    gates = scores > scores.quantile(1 - opened)
+    more, forced = project(layout, scores, gates, "ms", limit)
+    monkeypatch.setattr("bar_edge.methods.projection.REFILLS", 0)
+    fewer, most_forced = project(layout, scores, gates, "ms", limit)
+    assert all(set(fewer.kept[name]) <= set(more.kept[name]) for name in fewer.kept)
+    assert sum(map(len, more.kept.values())) > 1.1 * sum(map(len, fewer.kept.values()))
+    assert layout.cost(fewer.kept, "ms") <= layout.cost(more.kept, "ms") <= limit
+    assert forced < most_forced or opened < 1
 
 
 def test_bar_ends_within_milliseconds(network: Network, table: LatencyTable) -> None:
