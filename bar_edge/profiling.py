@@ -28,6 +28,8 @@ from bar_edge.training import NoProgress, Progress
 #: shares of the volume of the random plans to which a table is fitted, the whole network among them
 SHARES = (1.0, 0.7, 0.55, 0.4, 0.3, 0.2, 0.12, 0.07)
 CHECK_S = 1.0
+#: share of the volume of the plan by which the form of the additions is chosen
+TRIED = 0.3
 
 
 def profile_network(
@@ -43,14 +45,12 @@ def profile_network(
 ) -> LatencyTable:
     """Measure the network's operations, then a few random plans of it as whole files; write and return the table.
 
-    lowering: form of the additions in whole networks; auto is the runtime's most promising. What was measured
-    before a stop is not measured again. Raises what `bench_onnx` raises.
+    lowering: form of the additions in whole networks; auto is the faster of the runtime's two most promising, in a
+    random plan. What was measured before a stop is not measured again. Raises what `bench_onnx` raises.
     """
     if (runtime, "fp32") not in CANDIDATES:
         known = ", ".join(name for name, precision in CANDIDATES if precision == "fp32")
         raise InputError(f"a runtime out of: {known}", got=runtime, consequence="nothing was measured")
-    lowering = CANDIDATES[runtime, "fp32"][0] if lowering == "auto" else lowering
-    rounding = max(4, Form.parse(lowering).rounding)
     progress = progress or NoProgress()
     largest = largest_widths(network)
     progress.phase("profile", 1, 0)
@@ -61,6 +61,9 @@ def profile_network(
         threads=threads,
         on=on,
     )
+    if lowering == "auto":
+        lowering = _faster(prober, network, CANDIDATES[runtime, "fp32"][:2])
+    rounding = max(4, Form.parse(lowering).rounding)
     lines = _lines(prober, largest)
     prices = prober.prices(largest)
     table = LatencyTable(
@@ -144,6 +147,18 @@ def _lines(prober: Prober, largest: dict[Kind, tuple[int, ...]]) -> list[dict[st
         return []
     kind = max(wide, key=lambda k: np.prod(k.kernel) * np.prod(k.shape) * np.prod(wide[k]) / k.stride**2)
     return [prober.line(kind, axis, min(64, wide[kind][1 - axis])) for axis in (0, 1)]
+
+
+def _faster(prober: Prober, network: Network, lowerings: tuple[str, ...]) -> str:
+    """Return the form in which a random plan of the network runs faster."""
+    layout, volume = GateLayout(network), count(network).volume
+    plan = random_plan(layout, "volume", max(TRIED * volume, smallest_cost(layout, "volume")), 0)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{i}.onnx" for i in range(len(lowerings))]
+        for lowering, file in zip(lowerings, files, strict=True):
+            export_plan(network, plan, lowering, file)
+        found = bench_onnx(files, seconds=CHECK_S, **prober.options)
+    return min(zip(map(undisturbed_ms, found), lowerings, strict=True))[1]
 
 
 def _whole(prober: Prober, network: Network, lowering: str) -> list[tuple[ChannelPlan, float]]:
