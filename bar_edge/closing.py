@@ -15,6 +15,8 @@ from bar_edge.run import Run, is_met
 ROUNDS = 3
 #: shares of the budget between which a measurement ends the loop, and at which a correction aims
 LEAST, AIM, MOST = 0.92, 0.96, 0.98
+#: share below which a verdict makes the loop go on
+WASTED = 0.9
 #: what a round leaves in the RUN folder
 _RESULTS = ("network", "plan.json", "result.json", "artifacts")
 
@@ -23,42 +25,42 @@ Round = dict[str, Any]
 
 def close_loop(
     run: Run, export: Callable[[], dict[str, Any]], measure: Callable[[str], dict[str, Any]]
-) -> tuple[dict[str, Any], list[Round]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Export and measure a RUN's network; prune it again, more or less, while it misses or wastes a budget in ms.
 
     export: writes the RUN's artifact and returns what `export_run` does. measure: an artifact, as `bench` does.
-    The RUN folder ends with the round that uses most of the budget, or with the fastest if none is within it;
-    returns that round's export, and every round's `by_table` and `measured` in ms. A stopped loop goes on.
+    The round that uses most of the budget, or the fastest if none is within it, is measured anew for the verdict; where
+    that misses or wastes the budget it counts as what the round measures, and the loop goes on. The RUN
+    folder ends with that round; returns its export and its measurement. A stopped loop goes on.
     """
     folder = run.out / "checkpoints"
     file = folder / "rounds.json"
     rounds: list[Round] = read_json(file)["rounds"] if file.is_file() else []
-    if rounds:  # what came after the last measurement is half done
-        _restore(folder, rounds, run)
-    limit: float | None = run.limit
-    while not rounds or (len(rounds) <= ROUNDS and (limit := next_limit(run, rounds)) is not None):
-        if rounds and limit is not None:
-            run.progress.note(f"measured {rounds[-1]['measured']:.3f} ms: again for {limit:.3f} by the table")
-            correct(run, limit)
-        exported = export()
-        if not exported["bytes"]:
-            break
-        by_table = read_json(run.out / "result.json")["budget"]["achieved"]
-        _, measured = in_fresh_processes(measure, exported["artifact"])
-        rounds.append({"limit": limit, "by_table": by_table, "measured": measured, "export": exported})
-        kept = f"round-{best(rounds, run.limit)}"
-        if kept == f"round-{len(rounds) - 1}":
-            _copy(run.out, folder / ".round")
-            shutil.rmtree(folder / kept, ignore_errors=True)  # of a stopped loop
-            (folder / ".round").replace(folder / kept)
-        write_json(file, {"rounds": rounds})
-        for older in folder.glob("round-*"):
-            if older.name != kept:
-                shutil.rmtree(older)
-    if not rounds:
-        return exported, rounds
-    _restore(folder, rounds, run)
-    return rounds[best(rounds, run.limit)]["export"], rounds
+    verdicts: dict[int, dict[str, Any]] = {}
+    while not rounds or (chosen := best(rounds, run.limit)) not in verdicts:
+        limit: float | None = run.limit
+        while not rounds or (len(rounds) <= ROUNDS and (limit := next_limit(run, rounds)) is not None):
+            if rounds and limit is not None:
+                run.progress.note(f"measured {rounds[-1]['measured']:.3f} ms: again for {limit:.3f} by the table")
+                correct(run, limit)
+            exported = export()
+            if not exported["bytes"]:
+                return exported, {"verdict": None}
+            by_table = read_json(run.out / "result.json")["budget"]["achieved"]
+            _, measured = in_fresh_processes(measure, exported["artifact"])
+            _copy(run.out, folder / f"round-{len(rounds)}")
+            rounds.append({"limit": limit, "by_table": by_table, "measured": measured, "export": exported})
+            write_json(file, {"rounds": rounds})
+        chosen = best(rounds, run.limit)
+        _copy(folder / f"round-{chosen}", run.out)
+        if chosen not in verdicts:
+            found, median = in_fresh_processes(measure, rounds[chosen]["export"]["artifact"])
+            verdicts[chosen] = {"found": found, "median": median}
+            if not WASTED * run.limit <= median <= run.limit:
+                rounds[chosen]["measured"] = median
+                write_json(file, {"rounds": rounds})
+    _copy(folder / f"round-{chosen}", run.out)
+    return rounds[chosen]["export"], _noted(run, rounds, **verdicts[chosen])
 
 
 def best(rounds: list[Round], budget_ms: float) -> int:
@@ -97,9 +99,14 @@ def correct(run: Run, limit: float) -> None:
     run.result(dense, sliced, plan, forced)
 
 
-def judge(run: Run, rounds: list[Round], measure: Callable[[str], dict[str, Any]], artifact: str) -> dict[str, Any]:
-    """Measure a RUN's artifact anew; the median of its medians is the verdict, in result.json too."""
-    found, median = in_fresh_processes(measure, artifact)
+def in_fresh_processes(measure: Callable[[str], dict[str, Any]], artifact: str) -> tuple[list[dict[str, Any]], float]:
+    """Return three measurements and the median of their medians in ms: processes differ by more than runs do."""
+    found = [measure(artifact) for _ in range(3)]
+    return found, sorted(float(answer["percentiles_ms"]["p50"]) for answer in found)[1]
+
+
+def _noted(run: Run, rounds: list[Round], found: list[dict[str, Any]], median: float) -> dict[str, Any]:
+    """Write the verdict, the median of fresh processes' medians, into result.json; return the measurement of it."""
     medians = [answer["percentiles_ms"]["p50"] for answer in found]
     within = median <= run.limit and all(answer["verdict"] is not False for answer in found)
     result = read_json(run.out / "result.json")
@@ -115,16 +122,6 @@ def judge(run: Run, rounds: list[Round], measure: Callable[[str], dict[str, Any]
     result["verdict"] = is_met(result)
     write_json(run.out / "result.json", result)
     return {**found[medians.index(median)], "verdict": within, "rounds": len(rounds), "medians_ms": medians}
-
-
-def in_fresh_processes(measure: Callable[[str], dict[str, Any]], artifact: str) -> tuple[list[dict[str, Any]], float]:
-    """Return three measurements and the median of their medians in ms: processes differ by more than runs do."""
-    found = [measure(artifact) for _ in range(3)]
-    return found, sorted(float(answer["percentiles_ms"]["p50"]) for answer in found)[1]
-
-
-def _restore(folder: Path, rounds: list[Round], run: Run) -> None:
-    _copy(folder / f"round-{best(rounds, run.limit)}", run.out)
 
 
 def _copy(source: Path, destination: Path) -> None:

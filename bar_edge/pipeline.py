@@ -15,7 +15,7 @@ import torch
 from bar_edge import targets
 from bar_edge.bench import bench_onnx, compare, load_measurement, meets, runtimes_here, save_measurement, summary
 from bar_edge.choice import choose_lowering
-from bar_edge.closing import close_loop, judge
+from bar_edge.closing import close_loop
 from bar_edge.config import RunConfig, read_toml, run_config
 from bar_edge.data.memory import RANDOM, random_data
 from bar_edge.errors import InputError
@@ -436,9 +436,7 @@ def deploy(
     measured: dict[str, Any] = {"verdict": None}
     if in_ms:
         run = Run(config, out, True, progress or NoProgress())
-        exported, rounds = close_loop(run, export, measure)
-        if rounds:
-            measured = judge(run, rounds, measure, exported["artifact"])
+        exported, measured = close_loop(run, export, measure)
     else:
         exported = export()
         if exported["bytes"]:

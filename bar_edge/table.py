@@ -20,6 +20,7 @@ WIDTHS = {
     "transposed": ("in", "out"),
     "linear": ("in", "out"),
     "depthwise": ("channels",),
+    "clip": ("channels",),
     "norm": ("channels",),
     "each": ("channels",),
     "handover": ("channels",),
@@ -33,7 +34,8 @@ WIDTHS = {
 class Kind:
     """A kind of operation, all of it but the widths, written as in `conv 3x3 /2 @32x32`.
 
-    conv, transposed, linear, depthwise   the layers, with the activation behind them
+    conv, transposed, linear, depthwise   the layers, with a Relu behind them
+    clip      another activation behind a layer, as ReLU6
     norm      a BatchNorm that no convolution swallows, with its activation
     each      anything else that goes over a tensor once: activations, pooling, concatenation
     handover  from one convolution to the next: what the layout of narrow tensors costs

@@ -253,6 +253,14 @@ def test_fit_finds_scale_and_constant(network: Network, table: LatencyTable) -> 
     assert fitted.typical_error < 0.05
 
 
+def test_a_relu_is_part_of_a_layer_and_another_activation_is_not() -> None:
+    network = trace(build("mobilenetv2", input_shape=(3, 32, 32), classes=10).eval(), torch.zeros(2, 3, 32, 32))
+    kinds = [str(operation.kind) for operation in operations(network, passages(network))]
+    clips = [kind for kind in kinds if kind.startswith("clip")]
+    assert len(clips) == sum("hardtanh" in str(node.target) for node in network.nodes)
+    assert clips[0] == "clip @32x32"
+
+
 @pytest.mark.parametrize(
     ("text", "widths"),
     [
@@ -264,6 +272,7 @@ def test_fit_finds_scale_and_constant(network: Network, table: LatencyTable) -> 
         ("norm @8x8", (8,)),
         ("each @8x8", (8,)),
         ("handover @8x8", (8,)),
+        ("clip @8x8", (8,)),
         ("add @8x8", (4, 16)),
         ("sum @8x8", (16,)),
         ("pad @8x8", (16,)),

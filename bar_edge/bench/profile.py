@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import statistics
 import tempfile
@@ -145,6 +146,7 @@ def chain(kind: Kind, widths: tuple[int, ...], depth: int) -> bytes:
         "norm": graph.norms,
         "each": graph.activations,
         "handover": graph.handovers,
+        "clip": graph.bounded,
         "add": graph.additions,
         "sum": graph.sums,
         "pad": graph.pads,
@@ -230,6 +232,12 @@ class _Graph:
             x = self.node("Relu", self.convolution(x, n, n, 1, plain=True))
         return x
 
+    def bounded(self, n: int, depth: int) -> str:
+        x, bounds = "input", [self.constant(np.array(value, np.float32)) for value in (0, 6)]
+        for _ in range(depth):
+            x = self.node("Clip", self.convolution(x, n, n, n, plain=True), *bounds)
+        return x
+
     def additions(self, addend: int, width: int, depth: int) -> str:
         """The stream is there as a whole; the addend is put in its places by Gather, from a filter of zeros."""
         x = "input"
@@ -259,6 +267,8 @@ def _reference(kind: Kind, widths: tuple[int, ...]) -> list[Point]:
     plain = Kind(op="conv", kernel=tuple(1 for _ in kind.shape), shape=kind.shape)
     if kind.op in ("handover", "sum"):
         return [(plain, (widths[0], widths[0]))]
+    if kind.op == "clip":
+        return [(dataclasses.replace(plain, op="depthwise"), widths)]
     return [(plain, (widths[1], min(widths)))] if kind.op == "add" else []
 
 

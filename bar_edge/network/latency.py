@@ -15,7 +15,7 @@ from bar_edge.network.network import Network
 from bar_edge.table import Kind, LatencyTable
 
 #: operations whose price is scaled as that of a layer
-LAYERS = ("conv", "transposed", "linear", "depthwise")
+LAYERS = ("conv", "transposed", "linear", "depthwise", "clip")
 _VIEWS = {"view", "reshape", "flatten", "squeeze", "unsqueeze", "permute", "transpose", "dropout", "clone", "expand"}
 
 
@@ -83,6 +83,8 @@ def operations(network: Network, found: Passages) -> list[Operation]:
                 result.append(Operation(Kind(op="norm", shape=shape), (node,)))
             made_by[node] = "layer" if folded else "norm"
         elif before and alone and network.shapes[node.name] == network.shapes[source.name]:
+            if before == "layer" and shape and node.target is not torch.ops.aten.relu.default:
+                result.append(Operation(Kind(op="clip", shape=shape), (source,)))
             made_by[node] = before
         elif shape:
             behind = mixed_by.get(source, ()) if network.shapes[node.name] == network.shapes[source.name] else ()
