@@ -106,6 +106,9 @@ def report(results: dict[str, Any]) -> str:
             e = errors(found["rows"], by)
             within = float((e <= 0.1).mean())
             lines.append(f"| {model} | {len(e)} | {by} | {np.median(e):.1%} | {within:.0%} | {e.max():.1%} |")
+    together = np.concatenate([errors(found["rows"], "table") for found in results["models"].values()])
+    within = float((together <= 0.1).mean())
+    lines.append(f"| all | {len(together)} | table | {np.median(together):.1%} | {within:.0%} | {together.max():.1%} |")
     return "\n".join(lines)
 
 
