@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from bar_edge.bench import bench_onnx, compare, measurement, runner, save_measurement
+from bar_edge.bench import Comparison, Measurement, bench_onnx, compare, measurement, runner, save_measurement
 from bar_edge.bench.ssh import Device, Target
 from bar_edge.data import DataSource, Split
 from bar_edge.data.memory import RANDOM
@@ -42,13 +43,17 @@ from bar_edge_calibration.recipe import load_recipe
 #: target -> the precisions that it can have
 TARGETS = {
     "onnx": ("fp32", "fp16", "int8"),
-    "openvino": ("fp32", "fp16", "int8"),
+    "openvino": ("fp32", "fp16", "bf16", "int8"),
     "trt": ("fp32", "fp16", "bf16", "int8"),
     "trt-bundle": ("fp32", "fp16", "bf16", "int8"),
     "torch": ("fp32",),
 }
 #: target -> the runtime here that runs its file
 RUNTIMES = {"onnx": "onnxruntime-cpu", "openvino": "openvino-cpu"}
+#: (target, precision) that the runtime computes in by itself, told by a hint: the file stays in fp32
+HINTED = {("openvino", "bf16")}
+#: (target, precision) of files that nothing here computes but ONNX's reference implementation, image by image
+UNSCORED = {("trt", "bf16"), ("trt-bundle", "bf16")}
 #: lowerings where nothing can be measured: TensorRT fuses convolution and addition (unverified there)
 UNMEASURED = {"int8": "regular:32", "fp16": "regular:8", "bf16": "regular:8", "fp32": "regular:4"}
 #: target -> how INT8 is laid out
@@ -62,13 +67,23 @@ FINETUNE_STEPS = 200
 BUILD_S = 3600.0
 
 
-def check_target(target: str, precision: str, on: str) -> None:
-    """Raise EnvironmentLacks unless the target exists in this precision and here, InputError for a useless device."""
+def check_target(target: str, precision: str, on: str, max_drop: float | None) -> None:
+    """Raise EnvironmentLacks unless the target exists in this precision and here, InputError for a useless device.
+
+    max_drop: asks for a runtime here that computes the file.
+    """
     if precision not in TARGETS.get(target, ()):
         known = "; ".join(f"{name} in {', '.join(precisions)}" for name, precisions in TARGETS.items())
         raise EnvironmentLacks(f"one of: {known}", got=f"{target} in {precision}", consequence="nothing was written")
     if target == "trt" and on == "local":
         import_tensorrt()
+    if max_drop is not None and (target, precision) in UNSCORED:
+        raise EnvironmentLacks(
+            "a runtime here that computes the file, for --max-drop",
+            got=f"{target} in {precision}, which ONNX Runtime has no kernels for",
+            consequence="nothing was written",
+            remedy="leave --max-drop away, or use fp16",
+        )
     if on != "local" and target != "trt":
         raise InputError("--on for --target trt, which is built on the device", got=f"--target {target}")
 
@@ -117,43 +132,102 @@ class Images:
                 return
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOut:
+    """The metric of ONNX files on held-out training images."""
+
+    data: DataSource
+    task: Task
+    #: of the network's outputs
+    structure: Any
+    #: from normalised images to what the file's input is
+    as_input: Callable[[Tensor], Tensor]
+
+    def score(self, model: Path, hint: str | None = None) -> float:
+        """Return the metric in ONNX Runtime, or in OpenVINO with its hint; higher is better."""
+        run = _openvino(model, hint) if hint else _onnxruntime(model)
+        module = _Session(run, self.structure, self.as_input)
+        metric = evaluate(module, self.data.held_out, self.task, batch=256, device="cpu", precision="fp32")
+        return metric if self.task.higher_is_better else -metric
+
+    def compare(self, source: Path, model: Path, precision: str, hint: str | None) -> dict[str, float]:
+        """Return the metric of a file in float32 and of what was made of it, and the drop in points."""
+        before, after = self.score(source), self.score(model, hint)
+        sign = 1 if self.task.higher_is_better else -1
+        return {"fp32": sign * before, precision: sign * after, "drop_points": 100 * (before - after)}
+
+
 def write_converted(
     source: Path,
     folder: Path,
     *,
     target: str,
     precision: str,
-    data: DataSource,
-    task: Task,
-    structure: Any,
-    as_input: Callable[[Tensor], Tensor],
+    held_out: HeldOut,
     max_drop: float | None,
     tuned: Callable[[Path], None],
     on: str,
     engine: EngineOptions,
 ) -> dict[str, Any]:
-    """Write the artifact of a target from one in float32, and return its manifest."""
+    """Write the artifact of a target from one in float32, and return its manifest.
+
+    INT8 is calibrated on training images, and held to max_drop points on the held-out ones; tuned: writes the
+    float file anew for that, see `finetuned`. Raises InputError for too few images.
+    """
+
+    def int8(model: Path, new: Path) -> dict[str, Any]:
+        data = held_out.data
+        record = quantize(
+            model,
+            new,
+            images=Images(split=data.fit, number=CALIBRATION_IMAGES, as_input=held_out.as_input),
+            data=data.name,
+            recipe=load_recipe(RECIPES["trt" if target.startswith("trt") else target]),
+            promise=Promise(score=held_out.score, max_drop=max_drop, finetune=tuned) if max_drop is not None else None,
+        )
+        if data.name == RANDOM:
+            warning = "random images: the ranges mean nothing, the file is for measuring speed"
+            record["warnings"] = [*record["warnings"], warning]
+        return record
+
     on_device = target.startswith("trt")
     with tempfile.TemporaryDirectory() as scratch:
         if precision == "int8":
             whole = Path(scratch) / "int8" if on_device else folder
-            manifest = write_int8(
-                source,
-                whole,
-                target=target,
-                data=data,
-                task=task,
-                structure=structure,
-                as_input=as_input,
-                max_drop=max_drop,
-                tuned=tuned,
+            manifest = convert_artifact(
+                source, whole, target=target, precision=precision, convert=int8, own_outputs=True
             )
             if not (on_device and manifest["parity"]["within"]):
                 return manifest
             source = whole
+        elif (target, precision) in HINTED:
+            return convert_artifact(source, folder, target=target, precision=precision, convert=_copy, hint=precision)
         elif not on_device:
             return convert_artifact(source, folder, target=target, precision=precision, convert=_to_fp16)
         return write_trt(source, folder, target=target, precision=precision, on=on, engine=engine)
+
+
+def prove(manifest: dict[str, Any], folder: Path, source: Path, *, held_out: HeldOut, threads: int) -> dict[str, Any]:
+    """Compare an artifact in its target's runtime, and measure and score it beside the one in float32 it was made of.
+
+    Returns the manifest with `parity`, `latency`, `speedup_over_fp32` and `held_out`, as far as a runtime here runs
+    the file and images mean something; it stands in the folder, too.
+    """
+    target, precision, made = manifest["target"], manifest["precision"], folder != source
+    if target in RUNTIMES:
+        # a file of another recipe may kill a runtime: that is a process of its own
+        found = bench_onnx(
+            [folder, source] if made else [folder], runtime=RUNTIMES[target], threads=threads, seconds=1.0
+        )
+        comparison = compare(found[0], found[1]) if made else None
+        manifest |= {"parity": _parity(found[0]), "latency": _latency(folder, found[0], comparison)}
+        if comparison is not None:
+            manifest["speedup_over_fp32"] = {name: getattr(comparison, name) for name in ("speedup", "low", "high")}
+    if made and held_out.data.name != RANDOM and (target, precision) not in UNSCORED:
+        files = (source / MODEL, folder / MODEL)
+        manifest["held_out"] = held_out.compare(*files, precision, manifest.get("precision_hint"))
+    write_json(folder / MANIFEST, manifest)
+    return manifest
 
 
 def finetuned(
@@ -167,77 +241,6 @@ def finetuned(
         export_onnx(lower(learned, lowering), network.input_shapes, file, preprocessing=preprocessing)
 
     return write
-
-
-def _to_fp16(model: Path, new: Path) -> None:
-    to_half(model, new, "fp16")
-
-
-def write_int8(
-    source: Path,
-    folder: Path,
-    *,
-    target: str,
-    data: DataSource,
-    task: Task,
-    structure: Any,
-    as_input: Callable[[Tensor], Tensor],
-    max_drop: float | None,
-    tuned: Callable[[Path], None],
-) -> dict[str, Any]:
-    """Write an artifact in INT8 from one in float32, calibrated on training images; returns the manifest.
-
-    `conversion` holds what was done, the metric on held-out training images before and after, and whether it
-    fell by at most max_drop points; tuned: writes the float file anew, see `finetuned`; structure: of the
-    network's outputs. Raises InputError for too few images.
-    """
-    sign = 1.0 if task.higher_is_better else -1.0
-
-    def score(model: Path) -> float:
-        module = _Session(model, structure, as_input)
-        return sign * evaluate(module, data.held_out, task, batch=256, device="cpu", precision="fp32")
-
-    def convert(model: Path, new: Path) -> dict[str, Any]:
-        record = quantize(
-            model,
-            new,
-            images=Images(split=data.fit, number=CALIBRATION_IMAGES, as_input=as_input),
-            data=data.name,
-            recipe=load_recipe(RECIPES["trt" if target.startswith("trt") else target]),
-            promise=Promise(score=score, max_drop=max_drop, finetune=tuned) if max_drop is not None else None,
-        )
-        if data.name == RANDOM:
-            warning = "random images: the ranges mean nothing, the file is for measuring speed"
-            return {**record, "warnings": [*record["warnings"], warning]}
-        before, after = sign * score(model), sign * score(new)
-        return {
-            **record,
-            "held_out": {
-                "fp32": before,
-                "int8": after,
-                "drop_points": 100 * sign * (before - after),
-                "max_drop": max_drop,
-            },
-        }
-
-    return convert_artifact(source, folder, target=target, precision="int8", convert=convert, own_outputs=True)
-
-
-def in_runtime(folder: Path, source: Path, target: str, threads: int) -> dict[str, Any]:
-    """Compare an artifact in its target's runtime, and measure it in turn with the one in float32 that it was made of.
-
-    Returns `parity` and, unless both are the same, `speedup`; nothing where no runtime here runs it.
-    """
-    if target not in RUNTIMES:
-        return {}
-    # a file of another recipe may kill a runtime: that is a process of its own
-    files = list(dict.fromkeys([folder / MODEL, source / MODEL]))
-    found = bench_onnx(files, runtime=RUNTIMES[target], threads=threads, seconds=1.0)
-    answer: dict[str, Any] = {"parity": found[0].parity}
-    if len(found) > 1:
-        comparison = compare(found[0], found[1])
-        answer["speedup"] = {name: getattr(comparison, name) for name in ("speedup", "low", "high")}
-    return answer
 
 
 def write_engine(bundle: Path, on: str) -> dict[str, Any]:
@@ -273,28 +276,67 @@ def write_trt(
     manifest = write_bundle(source, folder, precision=precision, options=engine, runner=Path(runner.__file__))
     if target == "trt" and manifest["parity"]["within"]:
         answer = write_engine(folder, on)
-        parity = answer["models"][0]["parity"]
-        if parity["within"]:
-            measured = measurement(folder / MODEL, answer["models"][0], answer, on)
-            manifest["latency"] = {
-                "p50_ms": measured.percentile_ms(50),
-                "parts_p50_ms": {part: times["p50"] for part, times in (measured.parts_ms or {}).items()},
-                "batch": measured.batch,
-                "file": save_measurement(folder, measured).name,
-            }
+        measured = measurement(folder / MODEL, answer["models"][0], answer, on)
+        manifest |= {"target": "trt", "parity": _parity(measured)}
+        if manifest["parity"]["within"]:
+            manifest["latency"] = _latency(folder, measured)
             manifest["files"][ENGINE] = {"sha256": file_hash(folder / ENGINE)}
-        manifest |= {"target": "trt", "parity": {"samples": parity.pop("n"), **parity}}
         write_json(folder / MANIFEST, manifest)
     return manifest
 
 
-class _Session(nn.Module):
-    """An ONNX file as a module, on the CPU."""
+def _parity(measured: Measurement) -> dict[str, Any]:
+    parity = dict(measured.parity or {})
+    return {"samples": parity.pop("n"), **parity}
 
-    def __init__(self, model: Path, structure: Any, as_input: Callable[[Tensor], Tensor]) -> None:
+
+def _latency(folder: Path, measured: Measurement, comparison: Comparison | None = None) -> dict[str, Any]:
+    """Save a measurement beside an artifact, and return what its manifest says of it."""
+    return {
+        "p50_ms": measured.percentile_ms(50),
+        "parts_p50_ms": {part: times["p50"] for part, times in (measured.parts_ms or {}).items()},
+        "batch": measured.batch,
+        "file": save_measurement(folder, measured, comparison=comparison).name,
+    }
+
+
+def _copy(model: Path, new: Path) -> None:
+    shutil.copyfile(model, new)
+
+
+def _to_fp16(model: Path, new: Path) -> None:
+    to_half(model, new, "fp16")
+
+
+def _onnxruntime(model: Path) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
+    session = cpu_session(model)
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: images})
+
+
+def _openvino(model: Path, precision: str) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
+    """Return what runs a file as it is measured: an image at a time."""
+    loaded = runner.load_openvino_cpu(model, model.name, runner.Settings(1, 1, precision, alone=True))
+
+    def run(images: np.ndarray) -> Sequence[np.ndarray]:
+        each = [[output.copy() for output in loaded.run([image[None]])] for image in images]
+        return [np.concatenate(outputs) for outputs in zip(*each, strict=True)]
+
+    return run
+
+
+class _Session(nn.Module):
+    """A file in a runtime as a module, on the CPU."""
+
+    def __init__(
+        self,
+        run: Callable[[np.ndarray], Sequence[np.ndarray]],
+        structure: Any,
+        as_input: Callable[[Tensor], Tensor],
+    ) -> None:
         super().__init__()
-        self.session, self.structure, self.as_input = cpu_session(model), structure, as_input
+        self.run, self.structure, self.as_input = run, structure, as_input
 
     def forward(self, images: Tensor) -> Any:
-        feed = {self.session.get_inputs()[0].name: self.as_input(images).numpy()}
-        return unflatten(tuple(map(torch.from_numpy, self.session.run(None, feed))), self.structure)
+        outputs = self.run(self.as_input(images).numpy())
+        return unflatten(tuple(map(torch.from_numpy, outputs)), self.structure)

@@ -63,6 +63,9 @@ SHORT = {
     "wrn-10-2_uneven16_s0": ("wrn-10-2_dense_s0", 16, 1500),
     "mobilenetv2-half_dense_s0": ("mobilenetv2", 1, 300),
     "mobilenetv2-half_uneven4_s0": ("mobilenetv2-half_dense_s0", 4, 300),
+    "wrn-10-2_uneven2_s0": ("wrn-10-2_dense_s0", 2, 300),
+    "mobilenetv2-half_uneven2_s0": ("mobilenetv2-half_dense_s0", 2, 300),
+    "mobilenetv2-half_uneven16_s0": ("mobilenetv2-half_dense_s0", 16, 300),
 }
 BATCH, PEAK_LR = 64, 3e-3
 TRAINED = ("resnet20_bar4_s0", "wrn-10-2_bar4_s0", "resnet20_dense_s0", "resnet20_bar2_s0", "wrn-10-2_dense_s0", *SHORT)

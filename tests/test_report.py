@@ -109,12 +109,40 @@ def test_page_says_how_the_file_was_made(run):
         "precision": "int8",
         "lowering": "gather:4",
         "choice": {"lowering": "gather:4", "chosen_ms": 1.25, "regular_ms": 2.5, "dense_ms": 9.75},
-        "conversion": {"held_out": {"fp32": 0.91, "int8": 0.905, "drop_points": 0.5}},
     }
     (run / "artifacts" / "onnx-fp32" / "manifest.json").write_text(json.dumps(manifest))
     text = Page(write_report(run).read_text()).text
-    for said in ("gather:4 (chosen) 1.250", "regular blocks 2.500", "dense network 9.750", "91.00 %", "90.50 %"):
+    for said in ("gather:4 (chosen) 1.250", "regular blocks 2.500", "dense network 9.750"):
         assert said in text
+
+
+def test_page_sets_precisions_side_by_side(run):
+    manifests = {
+        "onnx-int8": {
+            "precision": "int8",
+            "lowering": "slices",
+            "difference_from_fp32": 0.07,
+            "parity": {"error": 0.0},
+            "held_out": {"fp32": 0.91, "int8": 0.905, "drop_points": 0.5},
+            "speedup_over_fp32": {"speedup": 1.5, "low": 1.4, "high": 1.6},
+        },
+        "openvino-bf16": {"precision": "bf16", "lowering": "pad", "parity": {"error": 0.004}},
+        "onnx-fp32": {"precision": "fp32", "lowering": "gather:4", "parity": {"error": 3e-7}},
+    }
+    for name, manifest in manifests.items():
+        folder = run / "artifacts" / name
+        folder.mkdir(exist_ok=True)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        (folder / "model.onnx").write_bytes(bytes(1500))
+    text = Page(write_report(run).read_text()).text
+    rows = (
+        "onnx-fp32 gather:4 1.5 0.225 , threads 1, batch 1 - - 3.0e-07",
+        "openvino-bf16 pad 1.5 not measured - not measured 4.0e-03",
+        "onnx-int8 slices 1.5 not measured 1.50x (1.40 to 1.60) 91.00 % → 90.50 % (-0.50) 7.0e-02",
+    )
+    for said in rows:
+        assert said in text
+    assert sorted(rows, key=text.index) == list(rows)
 
 
 def test_page_says_what_the_files_say(run):

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from bar_edge import targets
+from bar_edge.bench import bench_onnx
 from bar_edge.config import RunConfig, TrainConfig
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
 from bar_edge.export.parity import TOLERANCES
@@ -44,6 +45,8 @@ def test_fp16_computes_in_half_and_answers_alike(run: Path, tmp_path: Path) -> N
     types = {tensor.data_type for tensor in onnx.load(str(tmp_path / "half" / "model.onnx")).graph.initializer}
     assert onnx.TensorProto.FLOAT16 in types and onnx.TensorProto.FLOAT not in types
     assert verify(tmp_path / "half")["verdict"]
+    held_out = answer["held_out"]
+    assert held_out == manifest["held_out"] and abs(held_out["drop_points"]) < 5
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -59,6 +62,7 @@ def test_int8_says_what_it_costs_and_keeps_the_promise_or_not(
     assert {"QuantizeLinear", "DequantizeLinear"} <= operators(tmp_path / "int8")
     held_out = answer["held_out"]
     assert held_out["drop_points"] == pytest.approx(100 * (held_out["fp32"] - held_out["int8"]))
+    assert manifest["parity"]["error"] == 0 < manifest["difference_from_fp32"]
     assert answer["speedup_over_fp32"]["low"] <= answer["speedup_over_fp32"]["speedup"]
     assert manifest["conversion"]["calibration"]["images"] == 512
     assert verify(tmp_path / "int8")["verdict"]
@@ -82,8 +86,33 @@ def test_random_images_are_for_speed_alone(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_a_file_for_openvino_is_compared_there(run: Path, tmp_path: Path, precision: str) -> None:
     answer = export_run(run, target="openvino", precision=precision, lowering="slices", out=tmp_path / "file")
-    assert answer["verdict"] and 0 < answer["parity"]["openvino-cpu"] <= TOLERANCES[precision]
-    assert (answer["speedup_over_fp32"] is None) == (precision == "fp32")
+    assert answer["verdict"] and 0 < answer["parity"][precision] <= TOLERANCES[precision]
+    assert (answer["speedup_over_fp32"] is None) == (answer["held_out"] is None) == (precision == "fp32")
+    assert read_json(tmp_path / "file" / answer["latency"]["file"])["environment"]["runtime"] == "openvino-cpu"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
+def test_openvino_rounds_to_bf16_what_the_file_holds_in_fp32(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "file"
+    answer = export_run(run, target="openvino", precision="bf16", lowering="slices", max_drop=100.0, out=out)
+    manifest, held_out = read_json(out / "manifest.json"), answer["held_out"]
+    assert answer["verdict"] and TOLERANCES["fp32"] < answer["parity"]["bf16"] <= TOLERANCES["bf16"]
+    assert (manifest["precision"], manifest["precision_hint"]) == ("bf16", "bf16")
+    assert held_out["drop_points"] == pytest.approx(100 * (held_out["fp32"] - held_out["bf16"]))
+    types = {tensor.data_type for tensor in onnx.load(str(out / "model.onnx")).graph.initializer}
+    assert onnx.TensorProto.BFLOAT16 not in types
+    # the file itself answers as the network does; the runtime's rounding is bench's to compare
+    assert verify(out)["verdict"] and "at most 0.0001" in verify(out)["checks"][-1]["detail"]
+    measured = bench(out, seconds=0.05)
+    assert (measured["runtime"], measured["precision"]) == ("openvino-cpu", "bf16")
+    assert measured["parity"]["within"] and measured["parity"]["error"] == pytest.approx(answer["parity"]["bf16"])
+    assert bench(out, precision="fp32", seconds=0.05)["parity"]["error"] < TOLERANCES["fp32"]
+    export_run(run, lowering="slices", out=tmp_path / "float")
+    beside = bench_onnx([out, tmp_path / "float"], runtime="openvino-cpu", seconds=0.05)
+    assert [found.environment["precision"] for found in beside] == ["bf16", "fp32"]
+    # nothing gains a hundred points
+    never = export_run(run, target="openvino", precision="bf16", lowering="slices", max_drop=-100.0, out=out)
+    assert not never["verdict"] and any("by more than -100" in warning for warning in never["warnings"])
 
 
 def test_a_bundle_for_a_device_has_all_it_needs(run: Path, tmp_path: Path) -> None:
@@ -180,6 +209,8 @@ def test_what_is_missing_is_said_before_anything_is_done(run: Path, tmp_path: Pa
         export_run(tmp_path, target="tensorflow")
     with pytest.raises(EnvironmentLacks, match="bf16"):
         export_run(tmp_path, target="onnx", precision="bf16")
+    with pytest.raises(EnvironmentLacks, match="--max-drop"):
+        export_run(run, target="trt-bundle", precision="bf16", max_drop=1.0)
     with pytest.raises(InputError, match="--target trt"):
         export_run(run, target="onnx", on="ssh://board")
     for wrong in ("batch=1,4", "batch=many", "dla_core=all", "timing_caches=here", "fp16=true"):

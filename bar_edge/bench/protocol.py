@@ -51,7 +51,7 @@ def bench_onnx(
     files: list[Path],
     *,
     runtime: str = "onnxruntime-cpu",
-    precision: str = "fp32",
+    precision: str | None = None,
     threads: int = 1,
     batch: int = 1,
     seconds: float = 3.0,
@@ -64,23 +64,24 @@ def bench_onnx(
 
     An artifact's outputs on the samples that it carries are compared first (`parity`). Several files are measured
     in interleaved rounds, so that `compare` may set them against each other.
-    precision: of the arithmetic where the file leaves it open. seconds: of measuring, per file. on: local, or
-    ssh://[user@]host[:port]. expect: environment of an older measurement that this one must resemble.
-    timeout_s: of everything; default two minutes and thrice the measuring. Raises InputError for a bad file or
-    option, EnvironmentLacks if the device, the runtime or the likeness is missing, or the process dies there.
+    precision: of the arithmetic where the file leaves it open; by default an artifact's hint, or fp32. seconds: of
+    measuring, per file. on: local, or ssh://[user@]host[:port]. expect: environment of an older measurement that
+    this one must resemble. timeout_s: of everything; default two minutes and thrice the measuring. Raises
+    InputError for a bad file or option, EnvironmentLacks if the device, the runtime or the likeness is missing, or
+    the process dies there.
     """
-    _check(files, runtime, precision, threads, batch, seconds)
     models = [_model_file(path) for path in files]
+    described = [_describe(model, precision) for model in models]
+    _check(described, runtime, threads, batch, seconds)
     request = {
         "runtime": runtime,
-        "precision": precision,
+        "precision": precision or "fp32",
         "threads": threads,
         "batch": batch,
         "seconds": seconds,
         "seed": seed,
         "expect": dict(expect) if expect is not None else None,
     }
-    described = [_describe(model) for model in models]
     build_s = _BUILD_SECONDS if runtime in runner.BUILDERS else 0
     limit = timeout_s or 120 + (3 * seconds + build_s) * len(files)
     if on == "local":
@@ -101,6 +102,7 @@ def measurement(model: Path, found: dict[str, Any], answer: dict[str, Any], on: 
         environment={
             "on": on.partition(":")[0],  # not the host's name: it stays here
             **answer["environment"],
+            "precision": found["precision"],
             "model_sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
         },
         conditions=answer["conditions"],
@@ -228,12 +230,13 @@ def runtimes_here() -> dict[str, str]:
 # ------------------------------------------------------------------------------------------ inside
 
 
-def _check(files: list[Path], runtime: str, precision: str, threads: int, batch: int, seconds: float) -> None:
+def _check(files: list[dict[str, Any]], runtime: str, threads: int, batch: int, seconds: float) -> None:
     if runtime not in RUNTIMES:
         raise InputError(f"a runtime out of: {', '.join(RUNTIMES)}", got=runtime, consequence=_NOTHING)
-    if precision not in runner.PRECISIONS[runtime]:
-        known = ", ".join(runner.PRECISIONS[runtime])
-        raise InputError(f"for {runtime} a precision out of: {known}", got=precision, consequence=_NOTHING)
+    known = runner.PRECISIONS[runtime]
+    others = [file["precision"] for file in files if file["precision"] not in known]
+    if others:
+        raise InputError(f"for {runtime} a precision out of: {', '.join(known)}", got=others[0], consequence=_NOTHING)
     if not files or threads < 1 or batch < 1 or not seconds > 0:
         got = f"{len(files)} files, threads={threads}, batch={batch}, seconds={seconds:g}"
         raise InputError("a file, and threads, batch and seconds above 0", got=got, consequence=_NOTHING)
@@ -251,14 +254,15 @@ def _name(model: Path) -> str:
     return model.resolve().parent.name if model.name == "model.onnx" else model.name
 
 
-def _describe(model: Path) -> dict[str, Any]:
+def _describe(model: Path, precision: str | None) -> dict[str, Any]:
     """Say to the runner where a model is, and what it must compute if an artifact's samples lie beside it."""
-    described: dict[str, Any] = {"name": model.name, "path": str(model.resolve())}
+    described: dict[str, Any] = {"name": model.name, "path": str(model.resolve()), "precision": precision or "fp32"}
     samples, manifest = model.with_name("samples.safetensors"), model.with_name("manifest.json")
     if model.name != "model.onnx" or not manifest.is_file():
         return described
     data = read_json(manifest)
     try:
+        described["precision"] = precision or data.get("precision_hint") or "fp32"
         described["tolerance"] = float(data["parity"]["tolerance"])
         for side in ("inputs", "outputs"):
             described[side] = [str(value["name"]) for value in data[side]]

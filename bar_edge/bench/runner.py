@@ -263,25 +263,27 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     package("numpy")
     files, batch = request["files"], request["batch"]
     alone, on_gpu = len(files) == 1, not request["runtime"].endswith("-cpu")
-    settings = Settings(request["threads"], batch, request["precision"], alone, request.get("modules", ""))
+    precisions = [file.get("precision", request["precision"]) for file in files]
     models: list[Loaded] = []
     found: list[dict[str, Any]] = []
     runs: list[Callable[[], object]] = []
-    for file in files:
+    for file, precision in zip(files, precisions):
         doing("loading", file)
+        settings = Settings(request["threads"], batch, precision, alone, request.get("modules", ""))
         models.append(RUNTIMES[request["runtime"]](Path(file["path"]), file["name"], settings))
         _check_inputs(models[-1], batch)
     environment = {
-        **{name: request[name] for name in ("runtime", "precision", "threads", "batch", "seed")},
+        **{name: request[name] for name in ("runtime", "threads", "batch", "seed")},
+        "precision": precisions[0],
         "runtime_version": models[0].version,
         "interleaved": len(files),
         **device(on_gpu),
     }
     _expect(request.get("expect"), environment)
-    for file, model in zip(files, models):
+    for file, model, precision in zip(files, models, precisions):
         doing("checking", file)
-        least = LEAST_TOLERANCE[request["precision"]]
-        found.append({"parity": parity(model, file, batch, least) if file.get("samples") else None})
+        right = parity(model, file, batch, LEAST_TOLERANCE[precision]) if file.get("samples") else None
+        found.append({"precision": precision, "parity": right})
         runs.append(functools.partial(model.run, random_inputs(model, batch, request["seed"])))
     for file, run, facts in zip(files, runs, found):
         doing("warming up", file)

@@ -19,8 +19,16 @@ from torch import Tensor, nn
 
 from bar_edge.errors import InputError
 from bar_edge.export.onnx import Preprocessing, export_onnx, torch_outputs
-from bar_edge.export.parity import TOLERANCES, cpu_session
-from bar_edge.export.verify import MANIFEST, MODEL, SAMPLES, file_hash, read_manifest, sample_error
+from bar_edge.export.parity import TOLERANCES, cpu_session, difference, relative
+from bar_edge.export.verify import (
+    MANIFEST,
+    MODEL,
+    SAMPLES,
+    file_hash,
+    file_precision,
+    read_manifest,
+    sample_error,
+)
 from bar_edge.records import ChannelPlan, write_json
 
 
@@ -89,30 +97,33 @@ def convert_artifact(
     precision: str,
     convert: Callable[[Path, Path], dict[str, Any] | None],
     own_outputs: bool = False,
+    hint: str | None = None,
 ) -> dict[str, Any]:
     """Write an artifact like another one, its model file converted to a precision, and return the manifest.
 
     convert: from the model file to the new one; what it returns stands in the manifest as `conversion`.
     own_outputs: the expected outputs are what ONNX Runtime computes with the new file, so that other devices
-    can be compared with it; else they stay those of the network. The folder is replaced whole, and only if
+    can be compared with it; else they stay those of the network. hint: of the precision, to a runtime that
+    rounds by itself what the file holds in float32. The folder is replaced whole, and only if
     the outputs are within tolerance. Raises what `convert` raises, and InputError as `write_artifact` does.
     """
     manifest = read_manifest(source)
     with replacing(folder) as temporary:
         record = convert(source / MODEL, temporary / MODEL)
+        manifest |= {"target": target, "precision": precision, "precision_hint": hint, "conversion": record}
         tensors = load_file(source / SAMPLES)
         if own_outputs:
             inputs = {value["name"]: tensors[value["name"]] for value in manifest["inputs"]}
+            names = [value["name"] for value in manifest["outputs"]]
             outputs = cpu_session(temporary / MODEL).run(None, inputs)
-            tensors |= dict(zip((value["name"] for value in manifest["outputs"]), outputs, strict=True))
+            off = relative(*difference([tensors[name] for name in names], outputs))
+            manifest["difference_from_fp32"] = off if off < float("inf") else None
+            tensors |= dict(zip(names, outputs, strict=True))
         save_file(tensors, temporary / SAMPLES)
-        error, number = sample_error(temporary, manifest, precision)
+        error, number = sample_error(temporary, manifest, file_precision(manifest))
         manifest |= {
-            "target": target,
-            "precision": precision,
             "files": {name: {"sha256": file_hash(temporary / name)} for name in (MODEL, SAMPLES)},
             "parity": parity_entry(error, precision, number),
-            "conversion": record,
         }
         write_json(temporary / MANIFEST, manifest)
         if not manifest["parity"]["within"]:
@@ -210,6 +221,7 @@ def _manifest(folder: Path, spec: ArtifactSpec, interface: dict[str, Any], parit
         "schema": 1,
         "target": spec.target,
         "precision": spec.precision,
+        "precision_hint": None,
         "lowering": spec.lowering,
         "choice": spec.choice,
         "files": {name: {"sha256": file_hash(folder / name)} for name in (MODEL, SAMPLES)},

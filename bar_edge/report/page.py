@@ -19,6 +19,7 @@ from bar_edge.report.run_files import RunFiles, read_run
 _COSTS = {"volume": "activation volume", "flops": "FLOPs", "params": "parameters"}
 _UNITS = {"volume": "activations", "flops": "FLOPs", "params": "parameters"}
 _PERCENTILES = (50, 90, 99)
+_PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 
 
 def write_report(run_folder: Path, out: Path | None = None) -> Path:
@@ -40,6 +41,7 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
         "removed": removed_blocks(run.result.get("layers") or []),
         "widths": _markup(plots.widths(run.result.get("layers") or [])),
         "latencies": [latency for artifact in run.artifacts for latency in _latencies(artifact.measurements)],
+        "artifacts": _side_by_side(run),
         "parity": [(_words(k), v) for k, v in (run.result.get("parity") or {}).items()],
     }
     return _render("report.html.j2", context, out or run_folder / "report.html")
@@ -118,6 +120,29 @@ def _costs(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for key, label in _COSTS.items()
     ]
+
+
+def _side_by_side(run: RunFiles) -> list[dict[str, Any]]:
+    """Return what there is to compare of the artifacts that say their precision, fp32 first."""
+    rows = []
+    for artifact in run.artifacts:
+        manifest = artifact.manifest or {}
+        precision, held_out = manifest.get("precision"), manifest.get("held_out")
+        if precision not in _PRECISIONS:
+            continue
+        rows.append(
+            {
+                "name": artifact.name,
+                "precision": precision,
+                "lowering": manifest.get("lowering"),
+                "size_bytes": artifact.size_bytes,
+                "measured": list(_latencies(artifact.measurements)),
+                "speedup": manifest.get("speedup_over_fp32"),
+                "metric": (held_out["fp32"], held_out[precision]) if held_out else None,
+                "difference": manifest.get("difference_from_fp32", (manifest.get("parity") or {}).get("error")),
+            }
+        )
+    return sorted(rows, key=lambda row: _PRECISIONS.index(row["precision"]))
 
 
 def _latencies(measurements: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

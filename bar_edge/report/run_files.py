@@ -17,6 +17,8 @@ class Artifact:
 
     name: str
     manifest: dict[str, Any] | None
+    #: of the model file
+    size_bytes: int | None
     #: file name -> what bench wrote
     measurements: dict[str, dict[str, Any]]
 
@@ -70,9 +72,10 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_artifact(folder: Path) -> Artifact:
-    manifest = folder / "manifest.json"
+    manifest, model = folder / "manifest.json", folder / "model.onnx"
     return Artifact(
         name=folder.name,
         manifest=read_json(manifest) if manifest.is_file() else None,
+        size_bytes=model.stat().st_size if model.is_file() else None,
         measurements={path.name: read_json(path) for path in sorted(folder.glob("bench-*.json"))},
     )

@@ -101,7 +101,10 @@ Target = Annotated[
     ),
 ]
 Precision = Annotated[
-    str, _option("--precision", metavar="NAME", text="Numbers in the file: fp32, fp16, bf16 (trt) or int8.")
+    str,
+    _option(
+        "--precision", metavar="NAME", text="What the file is computed in: fp32, fp16, bf16 (trt, openvino) or int8."
+    ),
 ]
 Lowering = Annotated[
     str,
@@ -116,15 +119,14 @@ ChoiceSeconds = Annotated[float, _option("--choice-seconds", metavar="S", text="
 WithPreprocessing = Annotated[
     bool, _option("--with-preprocessing", text="Put the normalisation into the graph, which then takes uint8.")
 ]
-Runtime = Annotated[
-    str,
-    _option(
-        "--runtime",
-        metavar="NAME",
-        text="What runs the file: onnxruntime-cpu, -cuda or -tensorrt, openvino-cpu, or tensorrt, which takes the "
-        "artifact's engine, or builds one.",
-    ),
-]
+_RUNTIME = _option(
+    "--runtime",
+    metavar="NAME",
+    text="What runs the file: onnxruntime-cpu, -cuda or -tensorrt, openvino-cpu, or tensorrt, which takes the "
+    "artifact's engine, or builds one. Default: the target's, else onnxruntime-cpu.",
+)
+Runtime = Annotated[str, _RUNTIME]
+TargetsRuntime = Annotated[str | None, _RUNTIME]
 Threads = Annotated[int, _option("--threads", metavar="N", text="Threads of the runtime.")]
 Seconds = Annotated[float, _option("--seconds", metavar="S", text="How long to measure.")]
 Table = Annotated[
@@ -334,15 +336,16 @@ def export(
 @app.command()
 def bench(
     target: Annotated[Path, typer.Argument(metavar="ARTIFACT|FILE.onnx", help="What export wrote, or an ONNX file.")],
-    runtime: Runtime = "onnxruntime-cpu",
+    runtime: TargetsRuntime = None,
     precision: Annotated[
-        str,
+        str | None,
         _option(
             "--precision",
             metavar="NAME",
-            text="What the runtime computes in: fp32; openvino-cpu also bf16; onnxruntime-tensorrt as the file.",
+            text="What the runtime computes in: fp32; openvino-cpu also bf16; onnxruntime-tensorrt as the file. "
+            "Default: as the artifact was exported for, else fp32.",
         ),
-    ] = "fp32",
+    ] = None,
     threads: Threads = 1,
     batch: Annotated[int, _option("--batch", metavar="N", text="Inputs per inference.")] = 1,
     seconds: Seconds = 3.0,
@@ -416,7 +419,7 @@ def deploy(
     precision: Precision = "fp32",
     lowering: Lowering = "auto",
     with_preprocessing: WithPreprocessing = False,
-    runtime: Runtime = "onnxruntime-cpu",
+    runtime: TargetsRuntime = None,
     threads: Threads = 1,
     seconds: Seconds = 3.0,
     json: Json = False,
