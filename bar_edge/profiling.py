@@ -11,8 +11,7 @@ import numpy as np
 
 from bar_edge.bench import bench_onnx
 from bar_edge.bench.profile import LINE_WIDTHS, Prober, find_step, undisturbed_ms
-from bar_edge.choice import CANDIDATES
-from bar_edge.errors import InputError
+from bar_edge.choice import CANDIDATES, ELSEWHERE
 from bar_edge.export.lowering import lower
 from bar_edge.export.onnx import export_onnx
 from bar_edge.export.placement import Form
@@ -48,9 +47,6 @@ def profile_network(
     lowering: form of the additions in whole networks; auto is the faster of the runtime's two most promising, in a
     random plan. What was measured before a stop is not measured again. Raises what `bench_onnx` raises.
     """
-    if (runtime, "fp32") not in CANDIDATES:
-        known = ", ".join(name for name, precision in CANDIDATES if precision == "fp32")
-        raise InputError(f"a runtime out of: {known}", got=runtime, consequence="nothing was measured")
     progress = progress or NoProgress()
     largest = largest_widths(network)
     progress.phase("profile", 1, 0)
@@ -61,14 +57,13 @@ def profile_network(
         threads=threads,
         on=on,
     )
-    if lowering == "auto":
-        lowering = _faster(prober, network, CANDIDATES[runtime, "fp32"][:2])
-    rounding = max(4, Form.parse(lowering).rounding)
     lines = _lines(prober, largest)
     prices = prober.prices(largest)
+    if lowering == "auto":
+        lowering = _faster(prober, network, CANDIDATES.get((runtime, "fp32"), ELSEWHERE)[:2])
     table = LatencyTable(
         lowering=lowering,
-        rounding=rounding,
+        rounding=max(4, Form.parse(lowering).rounding),
         step=find_step(lines) if lines else 4,
         prices=prices,
         lines=tuple(lines),
