@@ -3,8 +3,8 @@
     python -m benchmarks.closed_loop --data FOLDER [--images 10000] [--models resnet20,wrn-10-2] [--compare resnet20]
 
 Every model has one dense network and one table; a budget is a share of the dense network's latency by that table.
-`--compare`: at three budgets BAR is trained for activation volume and for FLOPs as well, with a secant on the factor
-until the measured latency is within 3 % of what the latency-trained network has. Resumable; writes JSON after every
+`--compare`: at three budgets BAR is trained for activation volume and for FLOPs as well, with other factors
+until the measured latency is within 3 % of what the latency-trained network has, seven times at most; the nearest counts. Resumable; writes JSON after every
 run. MODEL may carry arguments: "resnet20 width=0.5". Run folders stay in --work.
 """
 
@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results" / "closed_loop.json"
 #: budgets, as shares of the dense network's latency, and which of them are compared
 SHARES, COMPARED = (0.85, 0.7, 0.6, 0.5, 0.4, 0.3), (0.7, 0.5, 0.4)
 #: how near the other metrics' latencies must come, and in how many trainings
-NEAR, TRAININGS = 0.03, 3
+NEAR, TRAININGS = 0.03, 7
 
 
 def subset(data: str, images: int, work: Path) -> str:
@@ -99,13 +99,14 @@ class Bed:
         """Train for another metric until the latency is that of the latency-trained network; returns the attempts."""
         aim, attempts = row["achieved"], list[dict[str, Any]]()
         factor = 1 / row[metric]
-        while len(attempts) < TRAININGS and not (attempts and abs(attempts[-1]["ms"] / aim - 1) <= NEAR):
-            if len(attempts) == 1:
-                factor = attempts[0]["factor"] * attempts[0]["ms"] / aim
-            elif attempts:  # linear in the logarithms
-                (f, a), (g, b) = ((math.log(one["factor"]), math.log(one["ms"])) for one in attempts[-2:])
-                slope = (b - a) / (g - f) if g != f else -1.0
-                factor = math.exp(g + (math.log(aim) - b) / min(slope, -0.2))
+        while len(attempts) < TRAININGS and not any(abs(one["ms"] / aim - 1) <= NEAR for one in attempts):
+            slower = min((one for one in attempts if one["ms"] > aim), key=_ms, default=None)
+            faster = max((one for one in attempts if one["ms"] <= aim), key=_ms, default=None)
+            if slower and faster:  # linear in the logarithms, well inside: latencies jump
+                share = math.log(slower["ms"] / aim) / math.log(slower["ms"] / faster["ms"])
+                factor = slower["factor"] * (faster["factor"] / slower["factor"]) ** min(max(share, 0.2), 0.8)
+            elif attempts:
+                factor = attempts[-1]["factor"] * (attempts[-1]["ms"] / aim) ** 2
             factor = round(max(1.01, factor), 3)
             out = self.work / f"{metric}-{factor:g}"
             result = prune(self.config(f"{factor:g}x:{metric}"), out, resume=True)
@@ -113,6 +114,11 @@ class Bed:
             _, ms = in_fresh_processes(lambda file: bench(Path(file), seconds=self.seconds), exported["artifact"])
             attempts.append({"factor": factor, "ms": ms, **self.costs(result)})
         return attempts
+
+
+def _ms(attempt: dict[str, Any]) -> float:
+    ms: float = attempt["ms"]
+    return ms
 
 
 def report(results: dict[str, Any]) -> str:
@@ -133,7 +139,10 @@ def report(results: dict[str, Any]) -> str:
         for one in found["compared"]:
             latency = next(row for row in found["budgets"] if row["budget_ms"] == one["budget_ms"])
             arms = [("latency", {**latency, "ms": latency["achieved"]}, 1)]
-            arms += [(metric, one[metric][-1], len(one[metric])) for metric in ("volume", "flops") if metric in one]
+            for metric in ("volume", "flops"):
+                attempts = one.get(metric, [])
+                nearest = sorted(attempts, key=lambda attempt: abs(math.log(attempt["ms"] / latency["achieved"])))
+                arms += [(metric, attempt, len(attempts)) for attempt in nearest[:1]]
             for metric, arm, n in arms:
                 lines.append(
                     f"| {model} | {metric} | {arm['ms']:.3f} | {arm['metric']:.2%} | {arm['volume']:.3f} "
