@@ -5,6 +5,7 @@
     python benchmarks/int8.py --files FOLDER check
     python benchmarks/int8.py --files FOLDER files
     python benchmarks/int8.py --files FOLDER speed [--seconds 1]
+    python benchmarks/int8.py --files FOLDER pairs [--seconds 3]
     python benchmarks/int8.py --files FOLDER memory [--images 64 256]
 
 train: the networks that results/cifar10 lacks, for a few hundred steps; pruned by the masks of masks.py.
@@ -12,9 +13,9 @@ accuracy: the networks in results/cifar10 and those, calibrated on 500 training 
 5,000 held-out training images; the test split is read once, by FP32, by onnxruntime's static MinMax recipe and
 by ours, and McNemar's exact test compares the last two. check: of the
 same networks, what runs in float between INT8 convolutions of ONNX Runtime (nothing), and what TensorRT's checker
-says (accepted). speed: random weights and the random masks of
-masks.py, all files of a network in one interleaved run per runtime. Files are kept in FOLDER, what was measured
-in results/int8.json: an interrupted part goes on.
+says (accepted). speed: random weights and the random masks of masks.py, all files of a network in one interleaved
+run per runtime. pairs: FP32 and INT8 of one form alone. memory: on random images. Files are kept in FOLDER, what was
+measured in results/int8.json: an interrupted part goes on.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ import torch
 from masks import uneven_plan
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-from bar_edge.bench.protocol import bench_onnx
+from bar_edge.bench import bench_onnx, compare
+from bar_edge.bench.statistics import median_ms
 from bar_edge.data import DataSource, Split, load_data
 from bar_edge.errors import BarEdgeError
 from bar_edge.export.lowering import lower
@@ -74,6 +76,11 @@ WITH_ALL_RECIPES = ("resnet20_bar4_s0",)
 OURS = "onnxruntime-cpu"
 IMAGES, MORE_IMAGES, MAX_DROP, SEED = 500, 5000, 0.5, 0
 SPEED = ("wrn-28-12", "wrn-16-4", "resnet56")
+#: runtime -> forms whose FP32 and INT8 files are measured alone
+PAIRS = {
+    "onnxruntime-cpu": ("regular", "slices", "pointwise:16"),
+    "openvino-cpu": ("regular", "regular:16", "zero-filled:32"),
+}
 FACTORS, FORMS = (4, 16), ("slices:4", "gather:16", "regular:16", "regular")
 #: runtime -> what it shall compute in where the file leaves it open
 RUNTIMES = {"onnxruntime-cpu": ("fp32",), "openvino-cpu": ("fp32", "bf16")}
@@ -271,9 +278,9 @@ def check(options: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------ speed
 
 
-def float_files(model: str, folder: Path) -> list[Path]:
+def float_files(model: str, folder: Path, forms: tuple[str, ...] = FORMS) -> list[Path]:
     """Export the dense network and its pruned forms, those that are not there yet."""
-    names = {"dense": (1, "slices")} | {f"{f}x.{form.replace(':', '_')}": (f, form) for f in FACTORS for form in FORMS}
+    names = {"dense": (1, "slices")} | {f"{f}x.{form.replace(':', '_')}": (f, form) for f in FACTORS for form in forms}
     paths = {name: folder / f"{model}.{name}.onnx" for name in names}
     if not all(path.is_file() for path in paths.values()):
         torch.manual_seed(SEED)
@@ -331,6 +338,32 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
         save("speed", found)
         print(f"{model} {runtime} {threads}", file=sys.stderr, flush=True)
     return found
+
+
+def pairs(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure wrn-28-12's FP32 and INT8 files of one form in turn, nothing else in the process."""
+    rows = []
+    for runtime, forms in PAIRS.items():
+        for source in float_files("wrn-28-12", options.files, forms):
+            both = [source, int8_file(source, runtime)]
+            fp32, int8 = bench_onnx(both, runtime=runtime, seconds=options.seconds, seed=SEED)
+            volume, _, form = source.stem.partition(".")[2].partition(".")
+            gain = compare(int8, fp32)
+            row = {"runtime": runtime, "volume": volume, "form": form.replace("_", ":")}
+            row |= {"fp32_ms": median_ms(fp32), "int8_ms": median_ms(int8), "times": gain.speedup}
+            rows.append({**row, "low": gain.low, "high": gain.high, "runs": len(int8.samples_ms)})
+    return {"network": "wrn-28-12", "seed": SEED, "batch": 1, "threads": 1, "seconds": options.seconds, "rows": rows}
+
+
+def pairs_table(found: dict[str, Any]) -> str:
+    """Return Markdown: medians in ms, and how many times faster INT8 is."""
+    lines = ["| runtime | volume | form | FP32 ms | INT8 ms | times faster (95 %) |", "|---" * 6 + "|"]
+    for row in found["rows"]:
+        lines.append(
+            f"| {row['runtime']} | {row['volume']} | {row['form']} | {row['fp32_ms']:.3g} | {row['int8_ms']:.3g} "
+            f"| {row['times']:.2f} ({row['low']:.2f}, {row['high']:.2f}) |"
+        )
+    return "\n".join(lines)
 
 
 def speed_table(found: dict[str, Any]) -> str:
@@ -396,7 +429,7 @@ def save(part: str, found: dict[str, Any]) -> None:
 def main() -> None:
     """Run one part; what it finds goes into results/int8.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["train", "accuracy", "check", "files", "speed", "memory", "one"])
+    parser.add_argument("part", choices=["train", "accuracy", "check", "files", "speed", "pairs", "memory", "one"])
     parser.add_argument("--files", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="CIFAR-10 as Parquet")
     parser.add_argument("--seconds", type=float, default=1.0)
@@ -407,10 +440,11 @@ def main() -> None:
     if options.part in others:
         others[options.part](options)
         return
-    found = {"accuracy": accuracy, "speed": speed, "memory": memory}[options.part](options)
+    found = {"accuracy": accuracy, "speed": speed, "pairs": pairs, "memory": memory}[options.part](options)
     save(options.part, found)
-    if options.part != "memory":
-        print({"accuracy": accuracy_table, "speed": speed_table}[options.part](found))
+    tables = {"accuracy": accuracy_table, "speed": speed_table, "pairs": pairs_table}
+    if options.part in tables:
+        print(tables[options.part](found))
 
 
 if __name__ == "__main__":
