@@ -38,7 +38,7 @@ def close_loop(
     rounds: list[Round] = read_json(file)["rounds"] if file.is_file() else []
     verdicts: dict[int, dict[str, Any]] = {}
     while not rounds or (chosen := best(rounds, run.limit)) not in verdicts:
-        limit: float | None = run.limit
+        limit: float | None = min(run.limit, run.layout.cost({}, "ms"))
         while not rounds or (len(rounds) <= ROUNDS and (limit := next_limit(run, rounds)) is not None):
             if rounds and limit is not None:
                 run.progress.note(f"measured {rounds[-1]['measured']:.3f} ms: again for {limit:.3f} by the table")

@@ -327,6 +327,8 @@ def describe_budget(layout: GateLayout, budget: Budget) -> dict[str, Any]:
     words = f"{factor:.4g}x {budget.metric} = {limit:,.0f}"
     if budget.metric == "ms":
         words = f"{limit:g} ms, {factor:.4g}x below the whole network by the table"
+        if factor <= 1:
+            words = f"{limit:g} ms, and the whole network takes {factor * limit:.4g} by the table: nothing to prune"
     if budget.metric == "volume":
         words += f", expect about {flops:.3g}x FLOPs if all widths shrink alike"
     return {"text": budget.text, "unit": budget.metric, "limit": limit, "factor": factor, "words": words}

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+
+def _cost(value: float) -> str:
+    """Write activations, FLOPs or parameters in whole numbers, milliseconds in three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 #: key of a record -> how it is written
-_FIGURES = {
-    "loss": "loss {:.3f}",
-    "metric": "metric {:.2%}",
-    "volume": "V {:,.0f}",
-    "budget": "b {:,.0f}",
-    "open": "{} gates open",
+_FIGURES: dict[str, Callable[[float], str]] = {
+    "loss": "loss {:.3f}".format,
+    "metric": "metric {:.2%}".format,
+    "volume": lambda value: f"V {_cost(value)}",
+    "budget": lambda value: f"b {_cost(value)}",
+    "open": "{} gates open".format,
 }
 
 
@@ -79,4 +85,4 @@ class Terminal:
 
 def figures(record: Mapping[str, Any]) -> list[str]:
     """Write the figures of a record, only those that are there."""
-    return [text.format(record[key]) for key, text in _FIGURES.items() if record.get(key) is not None]
+    return [write(record[key]) for key, write in _FIGURES.items() if record.get(key) is not None]
