@@ -37,7 +37,7 @@ def close_loop(
     file = folder / "rounds.json"
     rounds: list[Round] = read_json(file)["rounds"] if file.is_file() else []
     verdicts: dict[int, dict[str, Any]] = {}
-    while not rounds or (chosen := best(rounds, run.limit)) not in verdicts:
+    while True:
         limit: float | None = min(run.limit, run.layout.cost({}, "ms"))
         while not rounds or (len(rounds) <= ROUNDS and (limit := next_limit(run, rounds)) is not None):
             if rounds and limit is not None:
@@ -53,13 +53,14 @@ def close_loop(
             write_json(file, {"rounds": rounds})
         chosen = best(rounds, run.limit)
         _copy(folder / f"round-{chosen}", run.out)
-        if chosen not in verdicts:
-            found, median = in_fresh_processes(measure, rounds[chosen]["export"]["artifact"])
-            verdicts[chosen] = {"found": found, "median": median}
-            if not WASTED * run.limit <= median <= run.limit:
-                rounds[chosen]["measured"] = median
-                write_json(file, {"rounds": rounds})
-    _copy(folder / f"round-{chosen}", run.out)
+        if chosen in verdicts:
+            break
+        found, median = in_fresh_processes(measure, rounds[chosen]["export"]["artifact"])
+        verdicts[chosen] = {"found": found, "median": median}
+        if WASTED * run.limit <= median <= run.limit:
+            break
+        rounds[chosen]["measured"] = median
+        write_json(file, {"rounds": rounds})
     return rounds[chosen]["export"], _noted(run, rounds, **verdicts[chosen])
 
 

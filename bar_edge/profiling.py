@@ -146,24 +146,28 @@ def _lines(prober: Prober, largest: dict[Kind, tuple[int, ...]]) -> list[dict[st
 
 def _faster(prober: Prober, network: Network, lowerings: tuple[str, ...]) -> str:
     """Return the form in which a random plan of the network runs faster."""
-    layout, volume = GateLayout(network), count(network).volume
-    plan = random_plan(layout, "volume", max(TRIED * volume, smallest_cost(layout, "volume")), 0)
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"{i}.onnx" for i in range(len(lowerings))]
-        for lowering, file in zip(lowerings, files, strict=True):
-            export_plan(network, plan, lowering, file)
-        found = bench_onnx(files, seconds=CHECK_S, **prober.options)
-    return min(zip(map(undisturbed_ms, found), lowerings, strict=True))[1]
+    (plan,) = _random_plans(network, (TRIED,))
+    found = _measured(prober, network, [(plan, lowering) for lowering in lowerings])
+    return min(zip(found, lowerings, strict=True))[1]
 
 
 def _whole(prober: Prober, network: Network, lowering: str) -> list[tuple[ChannelPlan, float]]:
-    """Measure random plans of the network, interleaved."""
+    """Measure random plans of the network, the whole network among them."""
+    plans = _random_plans(network, SHARES)
+    return list(zip(plans, _measured(prober, network, [(plan, lowering) for plan in plans]), strict=True))
+
+
+def _random_plans(network: Network, shares: tuple[float, ...]) -> list[ChannelPlan]:
+    """Return random plans of shares of the network's volume."""
     layout, volume = GateLayout(network), count(network).volume
-    limits = [max(share * volume, smallest_cost(layout, "volume")) for share in SHARES]
-    plans = [random_plan(layout, "volume", limit, seed) for seed, limit in enumerate(limits)]
+    limits = [max(share * volume, smallest_cost(layout, "volume")) for share in shares]
+    return [random_plan(layout, "volume", limit, seed) for seed, limit in enumerate(limits)]
+
+
+def _measured(prober: Prober, network: Network, forms: list[tuple[ChannelPlan, str]]) -> list[float]:
+    """Return the ms of the network, sliced by plans and lowered, interleaved."""
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"{i}.onnx" for i in range(len(plans))]
-        for plan, file in zip(plans, files, strict=True):
+        files = [Path(folder) / f"{i}.onnx" for i in range(len(forms))]
+        for (plan, lowering), file in zip(forms, files, strict=True):
             export_plan(network, plan, lowering, file)
-        found = bench_onnx(files, seconds=CHECK_S, **prober.options)
-    return list(zip(plans, map(undisturbed_ms, found), strict=True))
+        return [undisturbed_ms(found) for found in bench_onnx(files, seconds=CHECK_S, **prober.options)]

@@ -5,8 +5,7 @@
 Every model has one dense network and one table; a budget is a share of the dense network's latency by that table.
 `--compare`: at three budgets BAR is trained for activation volume and for FLOPs as well, with other factors until the
 measured latency is within 3 % of what the latency-trained network has, seven times at most; the nearest counts.
-Resumable; writes JSON after every
-run. MODEL may carry arguments: "resnet20 width=0.5". Run folders stay in --work.
+Resumable; writes JSON after every run. MODEL may carry arguments: "resnet20 width=0.5". Run folders stay in --work.
 """
 
 from __future__ import annotations

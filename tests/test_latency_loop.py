@@ -143,6 +143,21 @@ def test_a_stopped_loop_goes_on(setting: tuple[Path, float], tmp_path: Path, mon
     assert answer["prune"]["budget"]["achieved"] >= 0.9 * budget
 
 
+@pytest.mark.parametrize("off", [0.8, 1.1])
+def test_a_verdict_that_wastes_or_misses_the_budget_corrects_the_loop(
+    setting: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off: float
+) -> None:
+    """The first three processes were lucky, or unlucky: what all later ones say counts."""
+    file, full = setting
+    budget, calls = round(0.5 * full, 3), itertools.count()
+    device = Device(monkeypatch, lambda ms: 0.95 * ms if next(calls) < 3 else 0.95 * off * ms)
+    answer = pipeline.deploy(config(file, budget), tmp_path / "run")
+    found = answer["prune"]["budget"]
+    assert answer["verdict"] and 0.9 * budget <= found["achieved"] <= budget
+    assert len(device.exported) == len(found["rounds_ms"]) >= 2
+    assert found["rounds_ms"][0] == pytest.approx(0.95 * off * device.exported[0]["by_table"], rel=0.01)
+
+
 def test_a_budget_above_the_dense_network_ends_with_it(
     setting: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -252,6 +252,15 @@ def test_batchnorms_become_part_of_their_convolution() -> None:
     assert 0 < len(left) < sum(isinstance(m, nn.BatchNorm2d) for m in sliced.modules())
 
 
+def test_zero_filled_has_one_convolution_per_writer_and_no_concatenation() -> None:
+    _, sliced, _ = sliced_network("joined")
+    targets = [node.target for node in lower(sliced, "zero-filled").nodes]
+    convolutions = [m for m in lower(sliced, "zero-filled").modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == sum(isinstance(m, nn.Conv2d) for m in sliced.modules())
+    assert torch.ops.aten.cat.default not in targets
+    assert torch.ops.aten.cat.default in [node.target for node in lower(sliced, "slices").nodes]
+
+
 def test_slices_execute_what_is_counted() -> None:
     _, sliced, _ = sliced_network("wrn-16-1")
     images = contrasting(1, 3, 8, 8)
