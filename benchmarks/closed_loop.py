@@ -100,14 +100,16 @@ class Bed:
         aim, attempts = row["achieved"], list[dict[str, Any]]()
         factor = 1 / row[metric]
         while len(attempts) < TRAININGS and not any(abs(one["ms"] / aim - 1) <= NEAR for one in attempts):
-            slower = min((one for one in attempts if one["ms"] > aim), key=_ms, default=None)
-            faster = max((one for one in attempts if one["ms"] <= aim), key=_ms, default=None)
+            slower = max((one for one in attempts if one["ms"] > aim), key=_factor, default=None)
+            faster = min((one for one in attempts if one["ms"] <= aim), key=_factor, default=None)
             if slower and faster:  # linear in the logarithms, well inside: latencies jump
                 share = math.log(slower["ms"] / aim) / math.log(slower["ms"] / faster["ms"])
                 factor = slower["factor"] * (faster["factor"] / slower["factor"]) ** min(max(share, 0.2), 0.8)
             elif attempts:
                 factor = attempts[-1]["factor"] * (attempts[-1]["ms"] / aim) ** 2
             factor = round(max(1.01, factor), 3)
+            if factor in map(_factor, attempts):
+                break
             out = self.work / f"{metric}-{factor:g}"
             result = prune(self.config(f"{factor:g}x:{metric}"), out, resume=True)
             exported = export_run(out, lowering=self.lowering)
@@ -116,9 +118,9 @@ class Bed:
         return attempts
 
 
-def _ms(attempt: dict[str, Any]) -> float:
-    ms: float = attempt["ms"]
-    return ms
+def _factor(attempt: dict[str, Any]) -> float:
+    factor: float = attempt["factor"]
+    return factor
 
 
 def report(results: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from bar_edge.export.onnx import export_onnx, parity_onnx
 from bar_edge.export.widen import regular_form
 from bar_edge.models import build
 from bar_edge.network import Expand, MixedAdd, Network, count, trace
+from bar_edge.network.cost import count_executed
 from bar_edge.records import ChannelPlan
 from bar_edge.surgery import slice_network
 from bar_edge_kernels import gather, scatter_add
@@ -259,6 +260,27 @@ def test_zero_filled_has_one_convolution_per_writer_and_no_concatenation() -> No
     assert len(convolutions) == sum(isinstance(m, nn.Conv2d) for m in sliced.modules())
     assert torch.ops.aten.cat.default not in targets
     assert torch.ops.aten.cat.default in [node.target for node in lower(sliced, "slices").nodes]
+
+
+def test_a_zero_filled_stream_grows_where_that_costs_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against all ways to grow, by multiplications of the lowered convolutions and copied values."""
+    _, sliced, _ = sliced_network("wrn-16-1")
+
+    def cost(network: Network, copied: float) -> float:
+        pads = [n for n in network.nodes if n.target is torch.ops.aten.constant_pad_nd.default]
+        return count_executed(network).flops / 2 + copied * sum(
+            torch.Size(network.shapes[n.name][1:]).numel() for n in pads
+        )
+
+    found, pads = {}, {}
+    for copied in (0, 20, 200, 10**9):
+        monkeypatch.setattr("bar_edge.export.placement.PAD", copied)
+        found[copied] = lower(sliced, "zero-filled")
+        pads[copied] = sum(n.target is torch.ops.aten.constant_pad_nd.default for n in found[copied].nodes)
+    assert pads[0] > pads[10**9] == 0
+    assert sorted(pads.values(), reverse=True) == list(pads.values())
+    for copied, lowered in found.items():
+        assert all(cost(lowered, copied) <= cost(other, copied) for other in found.values())
 
 
 def test_slices_execute_what_is_counted() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from bar_edge.errors import InputError
 from bar_edge.network import MixedAdd, Network
@@ -15,6 +16,8 @@ from bar_edge.surgery.order import Stream, is_identity, joined_streams
 
 Kind = Literal["slices", "pad", "gather", "scatter", "pointwise", "blocks", "zero-filled", "regular"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+#: multiplications in the time of copying one value: INT8 and bf16 in OpenVINO (docs/mixed_connectivity.md)
+PAD = 200
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,7 +28,8 @@ class Form:
                   a writer makes its own channels, which go to their places by Slice, Add and Concat, by Pad and
                   Add, by Gather from a padded tensor, by ScatterND, or by a convolution of 1x1 that adds
     blocks        a writer makes whole blocks of `rounding` channels, one convolution per block or run of blocks
-    zero-filled   a writer makes all channels of the stream so far, which is padded where it grows: plain additions
+    zero-filled   a writer makes all channels of the stream so far, and zeros in advance where they cost less than the
+                  Pad by which the stream grows: plain additions
     regular       all tensors of the stream hold the union of its channels, plain additions
     rounding      widths are filled up to multiples of it
     """
@@ -90,7 +94,7 @@ def stream_placements(network: Network, found: Passages, stream: Stream, form: F
     if form.kind not in ("regular", "zero-filled") and form.rounding == 1:
         return {}
     places = {}
-    for node, slots in _slots(found, stream, form).items():
+    for node, slots in _slots(network, found, stream, form).items():
         index = {slot: i for i, slot in enumerate(slots)}
         places[node] = Placement(len(slots), tuple(index[c] for c in stream.channels[node]), tuple(slots))
     stays: set[fx.Node] = set()
@@ -162,12 +166,20 @@ def _reads(network: Network, passage: Passage, node: fx.Node) -> bool:
     return passage.kind == "read" and plain_reader(passage, network.module_of(node))
 
 
-def _slots(found: Passages, stream: Stream, form: Form) -> dict[fx.Node, list[int]]:
+def _slots(network: Network, found: Passages, stream: Stream, form: Form) -> dict[fx.Node, list[int]]:
     """Return for every tensor of a stream which of the stream's channels it holds in a form, zeros among them."""
     r = form.rounding
     if form.kind == "regular":
         return dict.fromkeys(stream.channels, list(range(_up(stream.width, r))))
     writer: dict[fx.Node, fx.Node] = {}
+    for node in stream.channels:
+        source = found[node].links[0].source if is_identity(found[node]) else None
+        writer[node] = writer.get(source, node) if source is not None else node
+    # in first-write order the stream is a prefix: it grows to the next multiple at once, zeros in advance
+    sums = [n for n, c in stream.channels.items() if found[n].kind == "add" and set(c) == set(range(len(c)))]
+    widths = {node: _up(len(stream.channels[node]), r) for node in sums}
+    if form.kind == "zero-filled":
+        widths = _grown(network, found, writer, widths)
     slots: dict[fx.Node, list[int]] = {}
 
     def own(node: fx.Node, missing: set[int]) -> list[int]:
@@ -176,25 +188,61 @@ def _slots(found: Passages, stream: Stream, form: Form) -> dict[fx.Node, list[in
             return [block * r + i for block in sorted({c // r for c in channels}) for i in range(r)]
         return _filled(channels | missing, r)
 
-    for node, channels in stream.channels.items():
-        passage = found[node]
-        source = passage.links[0].source if is_identity(passage) else None
-        writer[node] = writer.get(source, node) if source is not None else node
-        if passage.kind != "add":
-            continue
-        first, second = (writer[link.source] for link in passage.links)
-        # in first-write order the stream is a prefix: it grows to the next multiple at once, zeros in advance
-        prefix = set(channels) == set(range(len(channels)))
-        so_far = range(_up(len(channels), r)) if prefix else ()
+    for node in (node for node in stream.channels if found[node].kind == "add"):
+        first, second = (writer[link.source] for link in found[node].links)
+        so_far = range(widths.get(node, 0))
         if first not in slots:
-            slots[first] = list(so_far) if form.kind == "pointwise" and prefix else own(first, set())
-        if form.kind == "zero-filled" and prefix:
+            whole = form.kind in ("pointwise", "zero-filled") and node in widths
+            slots[first] = list(so_far) if whole and can_widen(network, found[first], first) else own(first, set())
+        if form.kind == "zero-filled" and node in widths:
             slots.setdefault(second, list(so_far))
         elif second not in slots:
             missing = set() if form.kind == "pointwise" else set(so_far) - set(slots[first])
             slots[second] = own(second, missing)
         slots[node] = sorted({*slots[first], *slots[second], *so_far})
     return {node: slots.get(writer[node]) or own(writer[node], set()) for node in stream.channels}
+
+
+def _grown(
+    network: Network, found: Passages, writer: dict[fx.Node, fx.Node], widths: dict[fx.Node, int]
+) -> dict[fx.Node, int]:
+    """Return the widths of a stream's sums, some of them larger, so that it grows where that costs least.
+
+    In multiplications, by dynamic programming over the sums in graph order: those of the layers that write and read
+    the stream there, and PAD for every value that is copied where it grows.
+    """
+    sums = list(widths)
+    per_channel = dict.fromkeys(sums, 0)
+    written = set(sums)
+    for node, own in writer.items():
+        readers = [user for user in node.users if user in found and _reads(network, found[user], user)]
+        if own in per_channel:
+            per_channel[own] += sum(_multiplications(network, reader, 1) for reader in readers)
+    for node in sums:
+        for source in {writer[link.source] for link in found[node].links} - written:
+            written.add(source)
+            if found[source].kind == "read" and can_widen(network, found[source], source):
+                per_channel[node] += _multiplications(network, source, 0)
+    best: list[tuple[float, list[int]]] = [(0, [])]
+    for end in range(1, len(sums) + 1):
+        ways = []
+        for start in range(end):
+            width, cost = max(widths[node] for node in sums[:end]), sum(per_channel[node] for node in sums[start:end])
+            copied = PAD * _pixels(network, sums[start]) if start else 0
+            ways.append((best[start][0] + width * (cost + copied), [*best[start][1], *[width] * (end - start)]))
+        best.append(min(ways))
+    return dict(zip(sums, best[-1][1], strict=True))
+
+
+def _multiplications(network: Network, node: fx.Node, axis: int) -> int:
+    """Return a layer's multiplications per channel of its output (axis 0) or input (1)."""
+    module = network.module_of(node)
+    assert module is not None and isinstance(module.weight, Tensor)
+    return module.weight.select(axis, 0).numel() * _pixels(network, node)
+
+
+def _pixels(network: Network, node: fx.Node) -> int:
+    return math.prod(network.shapes[node.name][2:])
 
 
 def _filled(channels: set[int], rounding: int) -> list[int]:
