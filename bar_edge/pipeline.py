@@ -240,7 +240,10 @@ def export_run(
         return {"verdict": True, "artifact": str(folder), "file": write_torch_source(network, folder).name}
     preprocessing = Preprocessing(mean=tuple(result["input"]["mean"]), std=tuple(result["input"]["std"]))
     inside = preprocessing if with_preprocessing else None
-    choice = None
+    choice, recipe = None, None
+    if precision == "int8":
+        measured = "regular:16" if lowering == "auto" else lowering
+        recipe = targets.faster_recipe(target, network, lowering=measured, threads=threads)
     if lowering == "auto" and target not in targets.RUNTIMES:
         lowering = targets.UNMEASURED[precision]
     if lowering == "auto":
@@ -252,7 +255,7 @@ def export_run(
             threads=threads,
             seconds=choice_seconds,
             preprocessing=inside,
-            convert=targets.for_speed(target, precision),
+            convert=targets.for_speed(precision, recipe),
             progress=progress,
         )
         lowering = choice.lowering
@@ -298,6 +301,7 @@ def export_run(
                 folder,
                 target=target,
                 precision=precision,
+                recipe=recipe,
                 held_out=held_out,
                 max_drop=max_drop,
                 tuned=targets.finetuned(network, lowering, source, inside),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bar_edge.bench import Comparison, Measurement, bench_onnx, compare, measurement, runner, save_measurement
 from bar_edge.bench.ssh import Device, Target
+from bar_edge.choice import CHOOSE_S
 from bar_edge.data import DataSource, Split
 from bar_edge.data.memory import RANDOM
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
@@ -38,7 +39,7 @@ from bar_edge.training import Task, evaluate
 from bar_edge_calibration.collect import random_images
 from bar_edge_calibration.finetune import finetune
 from bar_edge_calibration.quantize import Promise, quantize
-from bar_edge_calibration.recipe import load_recipe
+from bar_edge_calibration.recipe import Recipe, load_recipe
 
 #: target -> the precisions that it can have
 TARGETS = {
@@ -56,8 +57,13 @@ HINTED = {("openvino", "bf16")}
 UNSCORED = {("trt", "bf16"), ("trt-bundle", "bf16")}
 #: lowerings where nothing can be measured: TensorRT fuses convolution and addition (unverified there)
 UNMEASURED = {"int8": "regular:32", "fp16": "regular:8", "bf16": "regular:8", "fp32": "regular:4"}
-#: target -> how INT8 is laid out
-RECIPES = {"onnx": "onnxruntime-cpu", "openvino": "openvino-cpu", "trt": "tensorrt"}
+#: target -> how INT8 can be laid out: what is measured where there is more than one
+RECIPES = {
+    "onnx": ("onnxruntime-cpu", "onnxruntime-amx"),
+    "openvino": ("openvino-cpu",),
+    "trt": ("tensorrt",),
+    "trt-bundle": ("tensorrt",),
+}
 #: images that ranges are taken of, and that a bundle carries
 CALIBRATION_IMAGES, BUNDLE_SAMPLES = 512, 256
 BATCH = 64
@@ -104,14 +110,32 @@ def engine_options(texts: tuple[str, ...]) -> EngineOptions:
     return EngineOptions(**given)
 
 
-def for_speed(target: str, precision: str) -> Callable[[Path], None] | None:
-    """Return what turns a file in float32 into one of the precision, in place, for measuring its speed alone."""
+def for_speed(precision: str, recipe: Recipe | None) -> Callable[[Path], None] | None:
+    """Return what turns a file in float32 into one of the precision, in place, for measuring its speed alone.
 
-    def int8(file: Path) -> None:
-        images = random_images(onnx.load(file), 2 * BATCH, 0)
-        quantize(file, file, images=images, data="random", recipe=load_recipe(RECIPES[target]))
+    recipe: of INT8.
+    """
+    if precision == "int8" and recipe is not None:
+        return lambda file: _to_int8(file, recipe)
+    return (lambda file: to_half(file, file, "fp16")) if precision == "fp16" else None
 
-    return {"int8": int8, "fp16": lambda file: to_half(file, file, "fp16")}.get(precision)
+
+def faster_recipe(target: str, network: Network, *, lowering: str, threads: int) -> Recipe:
+    """Return the recipe of a target by which a network in INT8 runs faster on its runtime here.
+
+    lowering: of the files that are measured, in turn. The first recipe unless another is faster beyond doubt.
+    """
+    best, *others = map(load_recipe, RECIPES[target])
+    with tempfile.TemporaryDirectory() as scratch:
+        file, other = Path(scratch) / "best.onnx", Path(scratch) / "other.onnx"
+        for recipe in others:
+            for path, layout in ((file, best), (other, recipe)):
+                export_onnx(lower(network, lowering), network.input_shapes, path)
+                _to_int8(path, layout)
+            if file.read_bytes() != other.read_bytes():
+                found = bench_onnx([file, other], runtime=RUNTIMES[target], threads=threads, seconds=CHOOSE_S)
+                best = recipe if compare(found[1], found[0]).low > 1 else best
+    return best
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,6 +187,7 @@ def write_converted(
     *,
     target: str,
     precision: str,
+    recipe: Recipe | None,
     held_out: HeldOut,
     max_drop: float | None,
     tuned: Callable[[Path], None],
@@ -171,18 +196,19 @@ def write_converted(
 ) -> dict[str, Any]:
     """Write the artifact of a target from one in float32, and return its manifest.
 
-    INT8 is calibrated on training images, and held to max_drop points on the held-out ones; tuned: writes the
-    float file anew for that, see `finetuned`. Raises InputError for too few images.
+    recipe: of INT8, which is calibrated on training images, and held to max_drop points on the held-out ones; tuned:
+    writes the float file anew for that, see `finetuned`. Raises InputError for too few images.
     """
 
     def int8(model: Path, new: Path) -> dict[str, Any]:
+        assert recipe is not None, "INT8 is laid out by a recipe"
         data = held_out.data
         record = quantize(
             model,
             new,
             images=Images(split=data.fit, number=CALIBRATION_IMAGES, as_input=held_out.as_input),
             data=data.name,
-            recipe=load_recipe(RECIPES["trt" if target.startswith("trt") else target]),
+            recipe=recipe,
             promise=Promise(score=held_out.score, max_drop=max_drop, finetune=tuned) if max_drop is not None else None,
         )
         if data.name == RANDOM:
@@ -298,6 +324,11 @@ def _latency(folder: Path, measured: Measurement, comparison: Comparison | None 
         "batch": measured.batch,
         "file": save_measurement(folder, measured, comparison=comparison).name,
     }
+
+
+def _to_int8(file: Path, recipe: Recipe) -> None:
+    images = random_images(onnx.load(file), 2 * BATCH, 0)
+    quantize(file, file, images=images, data="random", recipe=recipe)
 
 
 def _copy(model: Path, new: Path) -> None:

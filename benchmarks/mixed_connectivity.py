@@ -37,7 +37,7 @@ from bar_edge.network.cost import count_executed
 from bar_edge.records import read_json, write_json
 from bar_edge.run import versions
 from bar_edge.surgery import slice_network
-from bar_edge.targets import for_speed
+from bar_edge.targets import faster_recipe, for_speed
 from benchmarks.masks import CELLS, uneven_plan
 
 HERE = Path(__file__).parent / "results"
@@ -244,11 +244,15 @@ def low_precision(seeds: range = range(3)) -> str:
                 if precision == "fp32" or any(key.items() <= row.items() for row in rows):
                     continue
                 dense, sliced = networks("wrn-28-12", factor, seed)
-                convert = for_speed({"onnxruntime-cpu": "onnx", "openvino-cpu": "openvino"}[runtime], precision)
+                target = {"onnxruntime-cpu": "onnx", "openvino-cpu": "openvino"}[runtime]
+                recipe = (
+                    faster_recipe(target, sliced, lowering="regular:16", threads=1) if precision == "int8" else None
+                )
+                convert = for_speed(precision, recipe)
                 found = choose_lowering(
                     sliced, dense, runtime=runtime, precision=precision, seconds=LOW_S, convert=convert
                 )
-                rows.append({**key, **dataclasses.asdict(found)})
+                rows.append({**key, "recipe": recipe.name if recipe else None, **dataclasses.asdict(found)})
                 write_json(LOW, {"rows": rows, "versions": versions()})
     lines = ["| runtime, precision | factor | seed | ours | ours ms | x regular | x dense |", "|---" * 7 + "|"]
     for row in rows:

@@ -78,7 +78,8 @@ def ops(model, kind):
 
 @pytest.mark.parametrize("name", [*NETWORKS, "wrn-16-1.padded"])
 @pytest.mark.parametrize("recipe", recipes())
-def test_an_int8_file_computes_nearly_the_same(files, name, recipe, tmp_path):
+def test_an_int8_file_computes_nearly_the_same(files, name, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("bar_edge_calibration.place.LARGE", 1000)
     target, _ = quantised(files, name, recipe, tmp_path)
     onnx.checker.check_model(onnx.load(target), full_check=True)
     new = images(50, seed=1)
@@ -89,7 +90,8 @@ def test_an_int8_file_computes_nearly_the_same(files, name, recipe, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", recipes())
-def test_what_the_recipe_says_is_in_the_file(files, recipe, tmp_path):
+def test_what_the_recipe_says_is_in_the_file(files, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("bar_edge_calibration.place.LARGE", large := 1000)
     target, _ = quantised(files, "wrn-16-1", recipe, tmp_path)
     graph, wanted = Graph(onnx.load(target)), load_recipe(recipe)
     assert len(ops(graph.model, "BatchNormalization")) == (0 if wanted.batchnorm == "convolution" else 7)
@@ -102,9 +104,12 @@ def test_what_the_recipe_says_is_in_the_file(files, recipe, tmp_path):
         weight = graph.producers[node.input[1]]
         integers, scale = graph.array(weight.input[0]), graph.array(weight.input[1])
         assert integers.dtype == np.int8 and scale.shape == (integers.shape[0],)
+        zero = set(graph.array(weight.input[2]))
+        shifted = node.op_type == "Conv" and integers.size >= large and integers.shape[1] > 1
+        assert zero == {int(wanted.weights == "shifted" and shifted)}
         # every channel that is not all zeros uses its whole range
-        largest = np.abs(integers.astype(int)).reshape(len(scale), -1).max(1)
-        assert set(largest) <= {0, 127}
+        largest = np.abs(integers.astype(int) - min(zero)).reshape(len(scale), -1).max(1)
+        assert set(largest) <= {0, 127 - min(zero)}
         kinds += [graph.producers[b].op_type if b in graph.producers else "float" for b in node.input[2:]]
     assert set(kinds) == {"DequantizeLinear" if wanted.bias == "int32" else "float"}
 
@@ -397,11 +402,14 @@ def test_a_source_that_is_no_onnx_file(tmp_path):
 
 # ------------------------------------------------------------------------------------------ recipes
 
-GOOD = 'activations="int8"\npairs="layers"\ngrids="signed"\nbias="float32"\nbatchnorm="float32"\nranges="mse"\n'
+GOOD = (
+    'activations="int8"\npairs="layers"\ngrids="signed"\nweights="symmetric"\nbias="float32"\nbatchnorm="float32"\n'
+    'ranges="mse"\n'
+)
 
 
 def test_recipes_are_read_and_checked():
-    assert recipes() == ["onnxruntime-cpu", "openvino-cpu", "tensorrt"]
+    assert recipes() == ["onnxruntime-amx", "onnxruntime-cpu", "openvino-cpu", "tensorrt"]
     assert read_recipe("mine", GOOD).activations == "int8"
     with pytest.raises(InputError, match="onnxruntime-cpu, openvino-cpu, tensorrt"):
         load_recipe("../x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from bar_edge import targets
-from bar_edge.bench import bench_onnx
+from bar_edge.bench import Comparison, bench_onnx
 from bar_edge.config import RunConfig, TrainConfig
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
 from bar_edge.export.parity import TOLERANCES
+from bar_edge.models import build
+from bar_edge.network import Network, trace
 from bar_edge.pipeline import bench, export_run, prune, verify
 from bar_edge.records import read_json
 from bar_edge.targets import write_engine
@@ -71,6 +75,22 @@ def test_int8_says_what_it_costs_and_keeps_the_promise_or_not(
         assert not never["verdict"] and any("by more than -100" in warning for warning in never["warnings"])
         conversion = read_json(tmp_path / "never" / "manifest.json")["conversion"]
         assert conversion["rungs"][-1]["rung"] == "fine-tuning" and conversion["sensitivity"]
+
+
+@pytest.mark.parametrize(("low", "name"), [(1.2, "onnxruntime-amx"), (0.9, "onnxruntime-cpu")])
+def test_the_recipe_that_runs_faster_is_taken(monkeypatch: pytest.MonkeyPatch, low: float, name: str) -> None:
+    network = trace(build("resnet20", input_shape=(1, 8, 8), classes=10).eval(), torch.zeros(2, 1, 8, 8))
+    same = Comparison(against="other", speedup=1.0, low=1.0, high=1.0, interleaved=True)
+    monkeypatch.setattr(targets, "compare", lambda *_: dataclasses.replace(same, low=low))
+    assert targets.faster_recipe("onnx", network, lowering="regular:16", threads=1).name == name
+    assert targets.faster_recipe("openvino", network, lowering="regular:16", threads=1).name == "openvino-cpu"
+
+
+def test_recipes_that_write_the_same_file_are_not_measured(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 4x nothing in this network is large enough for the second recipe."""
+    monkeypatch.setattr(targets, "bench_onnx", lambda *_, **__: pytest.fail("measured"))
+    found = targets.faster_recipe("onnx", Network.load(run / "network"), lowering="slices", threads=1)
+    assert found.name == "onnxruntime-cpu"
 
 
 def test_random_images_are_for_speed_alone(run: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from bar_edge_calibration.graph import BOUNDS, MOVERS, Graph, attribute, channel
 from bar_edge_calibration.ranges import Range
 from bar_edge_calibration.recipe import Recipe
 
+#: weights of a convolution that is large: from here on a matrix product is faster in ONNX Runtime with AMX
+LARGE = 1 << 15
 #: a bias keeps below half of what int32 holds
 _BIAS_LIMIT = 2.0**30
 
@@ -178,18 +180,21 @@ class _Placer:
         """Give a layer integer weights, and the bias that goes with them."""
         graph, weight, bias = self.graph, self.graph.array(node.input[1]), self.graph.bias(node)
         out_axis, _ = channel_axes(node, weight)
+        large = node.op_type == "Conv" and attribute(node, "group", 1) == 1 and weight.size >= LARGE
+        zero = int(large and self.recipe.weights == "shifted")
+        highest = np.float32(127 - zero)
         if node.op_type == "ConvTranspose" and attribute(node, "group", 1) > 1:
-            scale = np.array(np.abs(weight).max() / 127)  # an axis that holds the channels of one group only
+            scale = np.array(np.abs(weight).max() / highest)  # an axis that holds the channels of one group only
         else:
-            scale = np.abs(weight).max(tuple(i for i in range(weight.ndim) if i != out_axis)) / np.float32(127)
+            scale = np.abs(weight).max(tuple(i for i in range(weight.ndim) if i != out_axis)) / highest
         input_scale = graph.array(self.grids[node.input[0]][0])
         shift: np.ndarray = graph.array(bias) if bias else np.zeros(1, np.float32)
         if bias and self.recipe.bias == "int32":
             scale = np.maximum(scale, np.abs(shift) / (input_scale * _BIAS_LIMIT))
         scale = np.asarray(np.where(scale > 0, scale, 1), np.float32)
         shape = [-1 if i == out_axis else 1 for i in range(weight.ndim)] if scale.ndim else []
-        integers: np.ndarray = np.clip(np.round(weight / scale.reshape(shape)), -127, 127).astype(np.int8)
-        made = [self._constant(node, 1, integers, scale, out_axis)]
+        integers: np.ndarray = np.clip(np.round(weight / scale.reshape(shape)), -highest, highest).astype(np.int8)
+        made = [self._constant(node, 1, integers, scale, out_axis, zero)]
         if node.input[0] in self.means and (bias or node.op_type == "Conv"):
             error = integers * scale.reshape(shape) - weight
             shift = shift - mean_response(node, error, self.means[node.input[0]])
@@ -206,11 +211,12 @@ class _Placer:
         return made
 
     def _constant(
-        self, node: NodeProto, position: int, integers: np.ndarray, scale: np.ndarray, axis: int
+        self, node: NodeProto, position: int, integers: np.ndarray, scale: np.ndarray, axis: int, zero: int = 0
     ) -> NodeProto:
         stem = f"{node.output[0]}/{'weight' if position == 1 else 'bias'}"
         names = [f"{stem}/int", f"{stem}/scale", f"{stem}/zero_point"]
-        for name, values in zip(names, (integers, scale, np.zeros(scale.shape, integers.dtype)), strict=True):
+        integers = integers + np.asarray(zero, integers.dtype)
+        for name, values in zip(names, (integers, scale, np.full(scale.shape, zero, integers.dtype)), strict=True):
             self.graph.set_array(name, values)
         _set_input(node, position, stem)
         made = helper.make_node("DequantizeLinear", names, [stem], f"{stem}/dequantize")

@@ -24,6 +24,8 @@ class Recipe:
     #: shared: what is added or concatenated lies on one grid, and is rounded once;
     #: signed: only where no Relu or Clip bounds any of it: every other tensor has a grid of its own
     grids: Literal["signed", "shared"]
+    #: shifted: those of large convolutions have a zero point of 1, for the sake of the kernel that takes them
+    weights: Literal["symmetric", "shifted"]
     #: of biases; int32 has the scale of the input times that of the weight
     bias: Literal["int32", "float32"]
     #: BatchNorm that folds into no convolution
