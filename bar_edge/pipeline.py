@@ -45,6 +45,7 @@ from bar_edge.specs import (
 from bar_edge.surgery import slice_network
 from bar_edge.table import LatencyTable
 from bar_edge.training import NoProgress, Progress, load_task
+from bar_edge_calibration.recipe import load_recipe
 
 SAMPLES = 8
 
@@ -211,6 +212,7 @@ def export_run(
     *,
     target: str = "onnx",
     precision: str = "fp32",
+    recipe: str = "auto",
     lowering: str = "auto",
     runtime: str | None = None,
     threads: int = 1,
@@ -225,12 +227,13 @@ def export_run(
 ) -> dict[str, Any]:
     """Export a RUN's network as an artifact folder, compare it with torch on real images, and note both.
 
-    runtime, threads, choice_seconds: with which `auto` measures, and how long. max_drop: of the metric on held-out
-    training images against float32, in points. on, engine: where an engine is built, and NAME=VALUE of its options.
+    recipe: of INT8. runtime, threads, choice_seconds: with which `auto` measures, and how long. max_drop: of the metric
+    on held-out training images against float32, in points. on, engine: where an engine is built, and NAME=VALUE of its
+    options.
     The verdict is no if the file computes something else (an earlier artifact then stays), if its target's runtime
     does, if `auto` finds the dense network faster, or if the metric drops by more than max_drop.
     """
-    targets.check_target(target, precision, on, max_drop)
+    targets.check_target(target, precision, recipe, on, max_drop)
     engine_options = targets.engine_options(engine)
     if data == RANDOM and max_drop is not None:
         raise InputError("--data with labels for --max-drop", got=RANDOM, consequence="nothing was written")
@@ -240,10 +243,12 @@ def export_run(
         return {"verdict": True, "artifact": str(folder), "file": write_torch_source(network, folder).name}
     preprocessing = Preprocessing(mean=tuple(result["input"]["mean"]), std=tuple(result["input"]["std"]))
     inside = preprocessing if with_preprocessing else None
-    choice, recipe = None, None
-    if precision == "int8":
+    choice, layout = None, None
+    if precision == "int8" and recipe == "auto":
         measured = "regular:16" if lowering == "auto" else lowering
-        recipe = targets.faster_recipe(target, network, lowering=measured, threads=threads)
+        layout = targets.faster_recipe(target, network, lowering=measured, threads=threads)
+    elif precision == "int8":
+        layout = load_recipe(recipe)
     if lowering == "auto" and target not in targets.RUNTIMES:
         lowering = targets.UNMEASURED[precision]
     if lowering == "auto":
@@ -255,7 +260,7 @@ def export_run(
             threads=threads,
             seconds=choice_seconds,
             preprocessing=inside,
-            convert=targets.for_speed(precision, recipe),
+            convert=targets.for_speed(precision, layout),
             progress=progress,
         )
         lowering = choice.lowering
@@ -301,7 +306,7 @@ def export_run(
                 folder,
                 target=target,
                 precision=precision,
-                recipe=recipe,
+                recipe=layout,
                 held_out=held_out,
                 max_drop=max_drop,
                 tuned=targets.finetuned(network, lowering, source, inside),

@@ -73,14 +73,21 @@ FINETUNE_STEPS = 200
 BUILD_S = 3600.0
 
 
-def check_target(target: str, precision: str, on: str, max_drop: float | None) -> None:
+def check_target(target: str, precision: str, recipe: str, on: str, max_drop: float | None) -> None:
     """Raise EnvironmentLacks unless the target exists in this precision and here, InputError for a useless device.
 
-    max_drop: asks for a runtime here that computes the file.
+    recipe: of INT8, or auto; InputError for another target's. max_drop: asks for a runtime here that computes the file.
     """
     if precision not in TARGETS.get(target, ()):
         known = "; ".join(f"{name} in {', '.join(precisions)}" for name, precisions in TARGETS.items())
         raise EnvironmentLacks(f"one of: {known}", got=f"{target} in {precision}", consequence="nothing was written")
+    recipes = ("auto", *(RECIPES[target] if precision == "int8" else ()))
+    if recipe not in recipes:
+        raise InputError(
+            f"--recipe {' or '.join(recipes)}, for {target} in {precision}",
+            got=recipe,
+            consequence="nothing was written",
+        )
     if target == "trt" and on == "local":
         import_tensorrt()
     if max_drop is not None and (target, precision) in UNSCORED:

@@ -78,13 +78,16 @@ IMAGES, MORE_IMAGES, MAX_DROP, SEED = 500, 5000, 0.5, 0
 SPEED = ("wrn-28-12", "wrn-16-4", "resnet56")
 #: runtime -> forms whose FP32 and INT8 files are measured alone
 PAIRS = {
-    "onnxruntime-cpu": ("regular", "slices", "pointwise:16"),
+    "onnxruntime-cpu": ("regular", "slices", "slices:16", "pointwise:16"),
     "openvino-cpu": ("regular", "regular:16", "zero-filled:32"),
 }
-FACTORS, FORMS = (4, 16), ("slices:4", "gather:16", "regular:16", "regular")
+FACTORS = (4, 16)
+FORMS = ("slices:4", "gather:4", "pointwise:16", "slices:16", "zero-filled:32", "regular:16", "regular")
 #: runtime -> what it shall compute in where the file leaves it open
 RUNTIMES = {"onnxruntime-cpu": ("fp32",), "openvino-cpu": ("fp32", "bf16")}
 PRECISIONS = ("fp32", "bf16", "int8")
+#: runtime -> INT8 recipes whose pairs are measured; the last one is the faster here, on a CPU with AMX
+INT8 = {"onnxruntime-cpu": ("onnxruntime-cpu", "onnxruntime-amx"), "openvino-cpu": ("openvino-cpu",)}
 
 
 # ------------------------------------------------------------------------------------------ train
@@ -210,7 +213,7 @@ def accuracy_of(name: str, data: DataSource, folder: Path) -> dict[str, Any]:
 
     files, records = {"fp32": source, "plain": folder / f"{name}.plain.onnx"}, {}
     plain(source, files["plain"], Images(data.fit, IMAGES))
-    kinds = {OURS: (OURS, IMAGES)}
+    kinds = {recipe: (recipe, IMAGES) for recipe in INT8["onnxruntime-cpu"]}
     if name in WITH_ALL_RECIPES:
         kinds |= {recipe: (recipe, IMAGES) for recipe in recipes()} | {"5000 images": (OURS, MORE_IMAGES)}
     for kind, (recipe, count) in kinds.items():
@@ -306,8 +309,8 @@ def files(options: argparse.Namespace) -> None:
     for model in SPEED:
         for source in float_files(model, options.files):
             print(source.stem, file=sys.stderr, flush=True)
-            for runtime in RUNTIMES:
-                int8_file(source, runtime)
+            for recipes_here in INT8.values():
+                int8_file(source, recipes_here[-1])
 
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:
@@ -320,7 +323,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
         for hint in precisions:
             cells = [(source, source, hint) for source in sources]
             if hint == "fp32":
-                cells += [(source, int8_file(source, runtime), "int8") for source in sources]
+                cells += [(source, int8_file(source, INT8[runtime][-1]), "int8") for source in sources]
             measured = bench_onnx(
                 [path for _, path, _ in cells],
                 runtime=runtime,
@@ -344,12 +347,13 @@ def pairs(options: argparse.Namespace) -> dict[str, Any]:
     """Measure wrn-28-12's FP32 and INT8 files of one form in turn, nothing else in the process."""
     rows = []
     for runtime, forms in PAIRS.items():
-        for source in float_files("wrn-28-12", options.files, forms):
-            both = [source, int8_file(source, runtime)]
+        sources = float_files("wrn-28-12", options.files, forms)
+        for recipe, source in itertools.product(INT8[runtime], sources):
+            both = [source, int8_file(source, recipe)]
             fp32, int8 = bench_onnx(both, runtime=runtime, seconds=options.seconds, seed=SEED)
             volume, _, form = source.stem.partition(".")[2].partition(".")
             gain = compare(int8, fp32)
-            row = {"runtime": runtime, "volume": volume, "form": form.replace("_", ":")}
+            row = {"recipe": recipe, "volume": volume, "form": form.replace("_", ":")}
             row |= {"fp32_ms": median_ms(fp32), "int8_ms": median_ms(int8), "times": gain.speedup}
             rows.append({**row, "low": gain.low, "high": gain.high, "runs": len(int8.samples_ms)})
     return {"network": "wrn-28-12", "seed": SEED, "batch": 1, "threads": 1, "seconds": options.seconds, "rows": rows}
@@ -357,10 +361,10 @@ def pairs(options: argparse.Namespace) -> dict[str, Any]:
 
 def pairs_table(found: dict[str, Any]) -> str:
     """Return Markdown: medians in ms, and how many times faster INT8 is."""
-    lines = ["| runtime | volume | form | FP32 ms | INT8 ms | times faster (95 %) |", "|---" * 6 + "|"]
+    lines = ["| recipe | volume | form | FP32 ms | INT8 ms | times faster (95 %) |", "|---" * 6 + "|"]
     for row in found["rows"]:
         lines.append(
-            f"| {row['runtime']} | {row['volume']} | {row['form']} | {row['fp32_ms']:.3g} | {row['int8_ms']:.3g} "
+            f"| {row['recipe']} | {row['volume']} | {row['form']} | {row['fp32_ms']:.3g} | {row['int8_ms']:.3g} "
             f"| {row['times']:.2f} ({row['low']:.2f}, {row['high']:.2f}) |"
         )
     return "\n".join(lines)

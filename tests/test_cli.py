@@ -235,6 +235,7 @@ def test_deploy_reads_a_file_and_hands_on_the_rest(pipeline, tmp_path):
             {
                 "target": "onnx",
                 "precision": "fp32",
+                "recipe": "auto",
                 "lowering": "regular",
                 "runtime": None,
                 "threads": 1,

@@ -96,10 +96,13 @@ def test_recipes_that_write_the_same_file_are_not_measured(run: Path, monkeypatc
 def test_random_images_are_for_speed_alone(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--max-drop"):
         export_run(run, precision="int8", data="random", max_drop=1.0, out=tmp_path / "none")
-    answer = export_run(run, precision="int8", lowering="slices", data="random", out=tmp_path / "random")
+    answer = export_run(
+        run, precision="int8", recipe="onnxruntime-amx", lowering="slices", data="random", out=tmp_path / "random"
+    )
     assert answer["verdict"] and answer["held_out"] is None
     assert any("random images" in warning for warning in answer["warnings"])
-    assert read_json(tmp_path / "random" / "manifest.json")["conversion"]["calibration"]["data"] == "random"
+    conversion = read_json(tmp_path / "random" / "manifest.json")["conversion"]
+    assert (conversion["calibration"]["data"], conversion["recipe"]["name"]) == ("random", "onnxruntime-amx")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
@@ -233,6 +236,9 @@ def test_what_is_missing_is_said_before_anything_is_done(run: Path, tmp_path: Pa
         export_run(run, target="trt-bundle", precision="bf16", max_drop=1.0)
     with pytest.raises(InputError, match="--target trt"):
         export_run(run, target="onnx", on="ssh://board")
+    for asked in ({"precision": "int8", "recipe": "tensorrt"}, {"recipe": "onnxruntime-cpu"}):
+        with pytest.raises(InputError, match="--recipe auto"):
+            export_run(run, out=tmp_path / "none", **asked)
     for wrong in ("batch=1,4", "batch=many", "dla_core=all", "timing_caches=here", "fp16=true"):
         with pytest.raises(InputError, match=r"workspace_mib=0.*|batch range"):
             export_run(run, target="trt-bundle", engine=(wrong,))

@@ -106,13 +106,22 @@ Precision = Annotated[
         "--precision", metavar="NAME", text="What the file is computed in: fp32, fp16, bf16 (trt, openvino) or int8."
     ),
 ]
+Recipe = Annotated[
+    str,
+    _option(
+        "--recipe",
+        metavar="NAME",
+        text="How INT8 is laid out: auto (measured here); for onnx also onnxruntime-cpu, and onnxruntime-amx for CPUs "
+        "with AMX.",
+    ),
+]
 Lowering = Annotated[
     str,
     _option(
         "--lowering",
         metavar="NAME",
-        text="How additions run: auto (measured here), paper, or slices, pad, gather, scatter, blocks, zero-filled, "
-        "regular, with widths rounded up as in slices:4; one for all residual streams or one each, with commas.",
+        text="How additions run: auto (measured here), paper, or slices, pad, gather, scatter, pointwise, blocks, "
+        "zero-filled, regular, with widths rounded up as in slices:4; one for all streams or one each, with commas.",
     ),
 ]
 ChoiceSeconds = Annotated[float, _option("--choice-seconds", metavar="S", text="How long --lowering auto may measure.")]
@@ -284,6 +293,7 @@ def export(
     run: Run,
     target: Target = "onnx",
     precision: Precision = "fp32",
+    recipe: Recipe = "auto",
     lowering: Lowering = "auto",
     runtime: Annotated[
         str | None,
@@ -319,6 +329,7 @@ def export(
             run,
             target=target,
             precision=precision,
+            recipe=recipe,
             lowering=lowering,
             runtime=runtime,
             threads=threads,
