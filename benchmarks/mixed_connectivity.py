@@ -51,8 +51,8 @@ LEARNED = {
     "wrn-10-2_bar4_s0": "wrn-10-2_dense_s0",
 }
 CHOOSE_S, JUDGE_S, DENSE_S = 0.3, 0.8, 0.8
-#: of trying forms in a low precision
-LOW_S = 150.0
+#: of trying forms in a low precision: what `export` takes by default
+LOW_S = 60.0
 
 
 def cells() -> Iterator[tuple[str, str, int, int]]:
