@@ -37,8 +37,8 @@ def close_loop(
     file = folder / "rounds.json"
     rounds: list[Round] = read_json(file)["rounds"] if file.is_file() else []
     verdicts: dict[int, dict[str, Any]] = {}
+    limit: float | None = min(run.limit, run.layout.cost({}, "ms"))
     while True:
-        limit: float | None = min(run.limit, run.layout.cost({}, "ms"))
         while not rounds or (len(rounds) <= ROUNDS and (limit := next_limit(run, rounds)) is not None):
             if rounds and limit is not None:
                 run.progress.note(f"measured {rounds[-1]['measured']:.3f} ms: again for {limit:.3f} by the table")

@@ -243,12 +243,12 @@ def export_run(
         return {"verdict": True, "artifact": str(folder), "file": write_torch_source(network, folder).name}
     preprocessing = Preprocessing(mean=tuple(result["input"]["mean"]), std=tuple(result["input"]["std"]))
     inside = preprocessing if with_preprocessing else None
-    choice, layout = None, None
+    choice, int8 = None, None
     if precision == "int8" and recipe == "auto":
-        measured = "regular:16" if lowering == "auto" else lowering
-        layout = targets.faster_recipe(target, network, lowering=measured, threads=threads)
+        form = "regular:16" if lowering == "auto" else lowering
+        int8 = targets.faster_recipe(target, network, runtime=runtime, lowering=form, threads=threads)
     elif precision == "int8":
-        layout = load_recipe(recipe)
+        int8 = load_recipe(recipe)
     if lowering == "auto" and target not in targets.RUNTIMES:
         lowering = targets.UNMEASURED[precision]
     if lowering == "auto":
@@ -260,7 +260,7 @@ def export_run(
             threads=threads,
             seconds=choice_seconds,
             preprocessing=inside,
-            convert=targets.for_speed(precision, layout),
+            convert=targets.for_speed(precision, int8),
             progress=progress,
         )
         lowering = choice.lowering
@@ -306,7 +306,7 @@ def export_run(
                 folder,
                 target=target,
                 precision=precision,
-                recipe=layout,
+                recipe=int8,
                 held_out=held_out,
                 max_drop=max_drop,
                 tuned=targets.finetuned(network, lowering, source, inside),

@@ -123,24 +123,28 @@ def for_speed(precision: str, recipe: Recipe | None) -> Callable[[Path], None] |
     recipe: of INT8.
     """
     if precision == "int8" and recipe is not None:
-        return lambda file: _to_int8(file, recipe)
+        return lambda file: _to_int8(file, file, recipe)
     return (lambda file: to_half(file, file, "fp16")) if precision == "fp16" else None
 
 
-def faster_recipe(target: str, network: Network, *, lowering: str, threads: int) -> Recipe:
-    """Return the recipe of a target by which a network in INT8 runs faster on its runtime here.
+def faster_recipe(target: str, network: Network, *, runtime: str | None, lowering: str, threads: int) -> Recipe:
+    """Return the recipe of a target by which a network in INT8 runs faster on a runtime here.
 
-    lowering: of the files that are measured, in turn. The first recipe unless another is faster beyond doubt.
+    runtime: the target's if None. lowering: of the files that are measured, in turn. The first recipe unless
+    another is faster beyond doubt.
     """
     best, *others = map(load_recipe, RECIPES[target])
     with tempfile.TemporaryDirectory() as scratch:
-        file, other = Path(scratch) / "best.onnx", Path(scratch) / "other.onnx"
+        source, file, other = (Path(scratch) / f"{name}.onnx" for name in ("source", "best", "other"))
+        if others:
+            export_onnx(lower(network, lowering), network.input_shapes, source)
         for recipe in others:
-            for path, layout in ((file, best), (other, recipe)):
-                export_onnx(lower(network, lowering), network.input_shapes, path)
-                _to_int8(path, layout)
+            for path, by in ((file, best), (other, recipe)):
+                _to_int8(source, path, by)
             if file.read_bytes() != other.read_bytes():
-                found = bench_onnx([file, other], runtime=RUNTIMES[target], threads=threads, seconds=CHOOSE_S)
+                found = bench_onnx(
+                    [file, other], runtime=runtime or RUNTIMES[target], threads=threads, seconds=CHOOSE_S
+                )
                 best = recipe if compare(found[1], found[0]).low > 1 else best
     return best
 
@@ -333,9 +337,9 @@ def _latency(folder: Path, measured: Measurement, comparison: Comparison | None 
     }
 
 
-def _to_int8(file: Path, recipe: Recipe) -> None:
-    images = random_images(onnx.load(file), 2 * BATCH, 0)
-    quantize(file, file, images=images, data="random", recipe=recipe)
+def _to_int8(source: Path, new: Path, recipe: Recipe) -> None:
+    images = random_images(onnx.load(source), 2 * BATCH, 0)
+    quantize(source, new, images=images, data="random", recipe=recipe)
 
 
 def _copy(model: Path, new: Path) -> None:

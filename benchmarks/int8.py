@@ -249,6 +249,7 @@ def accuracy(options: argparse.Namespace) -> dict[str, Any]:
         "threads": 1,
         "rows": [],
     }
+    found["rows"] = [row for row in found["rows"] if {*INT8["onnxruntime-cpu"]} <= row["test"].keys()]
     for name in TRAINED:
         if name not in [row["network"] for row in found["rows"]]:
             found["rows"].append(accuracy_of(name, data, options.files))
@@ -309,13 +310,17 @@ def files(options: argparse.Namespace) -> None:
     for model in SPEED:
         for source in float_files(model, options.files):
             print(source.stem, file=sys.stderr, flush=True)
-            for recipes_here in INT8.values():
-                int8_file(source, recipes_here[-1])
+            for recipe in itertools.chain.from_iterable(INT8.values()):
+                int8_file(source, recipe)
 
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:
     """Measure all networks, interleaved within a network, runtime and number of threads."""
-    found = read_results().get("speed") or {"seed": SEED, "batch": 1, "seconds": options.seconds, "rows": []}
+    settings = {"seed": SEED, "batch": 1, "seconds": options.seconds, "forms": [*FORMS]}
+    settings["recipes"] = {runtime: names[-1] for runtime, names in INT8.items()}
+    found = read_results().get("speed", {})
+    if any(found.get(key) != value for key, value in settings.items()):
+        found = {**settings, "rows": []}
     for model, (runtime, precisions), threads in itertools.product(SPEED, RUNTIMES.items(), (1, 2)):
         if any((row["model"], row["runtime"], row["threads"]) == (model, runtime, threads) for row in found["rows"]):
             continue

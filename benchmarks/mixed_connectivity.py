@@ -249,7 +249,9 @@ def low_precision(seeds: range = range(3)) -> str:
                 dense, sliced = networks("wrn-28-12", factor, seed)
                 target = {"onnxruntime-cpu": "onnx", "openvino-cpu": "openvino"}[runtime]
                 recipe = (
-                    faster_recipe(target, sliced, lowering="regular:16", threads=1) if precision == "int8" else None
+                    faster_recipe(target, sliced, runtime=runtime, lowering="regular:16", threads=1)
+                    if precision == "int8"
+                    else None
                 )
                 convert = for_speed(precision, recipe)
                 found = choose_lowering(

@@ -1,6 +1,7 @@
 """Each lowering computes what the sliced network computes, and is what it says it is."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bar_edge.errors import InputError
+from bar_edge.export import placement
 from bar_edge.export.lowering import LOWERINGS, count_streams, lower
 from bar_edge.export.onnx import export_onnx, parity_onnx
 from bar_edge.export.widen import regular_form
@@ -262,25 +264,113 @@ def test_zero_filled_has_one_convolution_per_writer_and_no_concatenation() -> No
     assert torch.ops.aten.cat.default in [node.target for node in lower(sliced, "slices").nodes]
 
 
-def test_a_zero_filled_stream_grows_where_that_costs_least(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against all ways to grow, by multiplications of the lowered convolutions and copied values."""
-    _, sliced, _ = sliced_network("wrn-16-1")
+class Stem(nn.Module):
+    """A narrow stem that much reads, and a wide stream behind it."""
 
-    def cost(network: Network, copied: float) -> float:
-        pads = [n for n in network.nodes if n.target is torch.ops.aten.constant_pad_nd.default]
-        return count_executed(network).flops / 2 + copied * sum(
-            torch.Size(network.shapes[n.name][1:]).numel() for n in pads
-        )
+    def __init__(self, groups: int = 0) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 64, 3, padding=1), nn.Conv2d(64, 8, 1)
+        self.c, self.d, self.fc = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+        self.norm = nn.GroupNorm(groups, 8) if groups else nn.Identity()
 
-    found, pads = {}, {}
-    for copied in (0, 20, 200, 10**9):
-        monkeypatch.setattr("bar_edge.export.placement.PAD", copied)
-        found[copied] = lower(sliced, "zero-filled")
-        pads[copied] = sum(n.target is torch.ops.aten.constant_pad_nd.default for n in found[copied].nodes)
-    assert pads[0] > pads[10**9] == 0
-    assert sorted(pads.values(), reverse=True) == list(pads.values())
-    for copied, lowered in found.items():
-        assert all(cost(lowered, copied) <= cost(other, copied) for other in found.values())
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.norm(x + self.b(self.a(x).relu()))
+        output: Tensor = self.fc((x + self.d(self.c(x).relu())).mean((2, 3)))
+        return output
+
+
+def stem_network(groups: int = 0) -> Network:
+    network = trace(randomise(Stem(groups).double().eval(), removed=0.0), torch.zeros(1, 3, 8, 8).double())
+    kept = {"stem": tuple(range(4)), "b": tuple(range(4))}
+    return slice_network(network, ChannelPlan(network=network.fingerprint, kept=kept))
+
+
+@pytest.mark.parametrize("copied", [0, 20, 200, 10**9])
+@pytest.mark.parametrize("name", ["stem", "wrn-16-1", "resnet18", "linear bottleneck"])
+def test_a_zero_filled_stream_grows_where_that_costs_least(
+    monkeypatch: pytest.MonkeyPatch, name: str, copied: int
+) -> None:
+    """Against all widths of each stream's sums, by multiplications of the lowered layers and copied values."""
+    sliced = stem_network() if name == "stem" else sliced_network(name)[1]
+    monkeypatch.setattr(placement, "PAD", copied)
+    grown, calls = placement._grown, list[tuple[list[int], list[int]]]()
+
+    def cost() -> float:
+        lowered = lower(sliced, "zero-filled")
+        shapes = [lowered.shapes[n.name] for n in lowered.nodes if n.target is torch.ops.aten.constant_pad_nd.default]
+        return count_executed(lowered).flops / 2 + copied * sum(torch.Size(shape[1:]).numel() for shape in shapes)
+
+    def recorded(*args: Any) -> dict[Any, int]:
+        widths = grown(*args)
+        calls.append((list(args[-1].values()), list(widths.values())))
+        return widths
+
+    monkeypatch.setattr(placement, "_grown", recorded)
+    least, tried = cost(), 0
+    assert copied < 10**9 or least < copied, "it never grows"
+    ours = [widths for _, widths in calls]
+    for i, (needs, _) in enumerate(list(calls)):
+        for widths in itertools.product(*([w for w in {*needs} if w >= need] for need in needs)):
+            if list(widths) == sorted(widths):
+                stream = iter([*ours[:i], widths, *ours[i + 1 :]])
+                monkeypatch.setattr(
+                    placement, "_grown", lambda *args, s=stream: dict(zip(args[-1], next(s), strict=True))
+                )
+                assert cost() >= least
+                tried += 1
+    assert tried > len(calls)
+
+
+def test_what_cannot_hold_zeros_in_advance_is_zero_filled_as_before() -> None:
+    """A norm over channels between two sums: the stream cannot grow before it."""
+    targets = [node.target for node in lower(stem_network(groups=2), "zero-filled").nodes]
+    assert torch.ops.aten.constant_pad_nd.default in targets and torch.ops.aten.cat.default not in targets
+
+
+def test_a_branch_of_a_stream_stays_as_narrow_as_it_was() -> None:
+    """Widths of one resolution say nothing of another's."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.low, self.high = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3, padding=1)
+            self.fc = nn.Linear(32, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            small = F.avg_pool2d(x, 4)
+            small = small + self.low(small)
+            large = x + self.high(x)
+            output: Tensor = self.fc(torch.cat([small.mean((2, 3)), large.mean((2, 3))], 1))
+            return output
+
+    network = trace(randomise(Branches().double().eval(), removed=0.0), torch.zeros(1, 3, 16, 16).double())
+    kept = {"stem": tuple(range(2)), "high": tuple(range(2))}
+    sliced = slice_network(network, ChannelPlan(network=network.fingerprint, kept=kept))
+    lowered = lower(sliced, "zero-filled")
+    assert {m.out_channels for n, m in lowered.named_modules() if "high" in n and isinstance(m, nn.Conv2d)} == {2}
+
+
+def test_blocks_of_a_stream_of_linear_layers() -> None:
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b, self.fc = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            x = x + self.a(x.relu())
+            output: Tensor = self.fc((x + self.b(x.relu())).relu())
+            return output
+
+    module = randomise(Dense().double().eval(), removed=0.0)
+    network = trace(module, torch.zeros(2, 3).double())
+    kept = {"stem": (0, 2, 3, 5, 6), "a": (1, 2, 4, 5, 7), "b": (0, 1, 2, 3, 4)}
+    sliced = slice_network(network, ChannelPlan(network=network.fingerprint, kept=kept))
+    images = torch.randn(4, 3, dtype=torch.float64)
+    for form in FORMS:
+        assert difference(sliced(images), lower(sliced, form)(images)) < FLOAT64, form
 
 
 def test_slices_execute_what_is_counted() -> None:

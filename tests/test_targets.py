@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from safetensors.numpy import load_file
 
 from bar_edge import targets
-from bar_edge.bench import Comparison, bench_onnx
+from bar_edge.bench import Measurement, bench_onnx
 from bar_edge.config import RunConfig, TrainConfig
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
 from bar_edge.export.parity import TOLERANCES
@@ -24,6 +23,7 @@ from bar_edge.network import Network, trace
 from bar_edge.pipeline import bench, export_run, prune, verify
 from bar_edge.records import read_json
 from bar_edge.targets import write_engine
+from bar_edge_calibration.graph import Graph
 from bar_edge_cli.main import main
 from tests.test_bundle import site, trtexec  # noqa: F401  fixtures
 from tests.test_ssh import Server, running, server  # noqa: F401  fixtures
@@ -77,19 +77,41 @@ def test_int8_says_what_it_costs_and_keeps_the_promise_or_not(
         assert conversion["rungs"][-1]["rung"] == "fine-tuning" and conversion["sensitivity"]
 
 
-@pytest.mark.parametrize(("low", "name"), [(1.2, "onnxruntime-amx"), (0.9, "onnxruntime-cpu")])
-def test_the_recipe_that_runs_faster_is_taken(monkeypatch: pytest.MonkeyPatch, low: float, name: str) -> None:
+@pytest.mark.parametrize(
+    ("first_ms", "second_ms", "name"), [(2.0, 1.0, "onnxruntime-amx"), (1.0, 2.0, "onnxruntime-cpu")]
+)
+def test_the_recipe_that_runs_faster_is_taken(
+    monkeypatch: pytest.MonkeyPatch, first_ms: float, second_ms: float, name: str
+) -> None:
     network = trace(build("resnet20", input_shape=(1, 8, 8), classes=10).eval(), torch.zeros(2, 1, 8, 8))
-    same = Comparison(against="other", speedup=1.0, low=1.0, high=1.0, interleaved=True)
-    monkeypatch.setattr(targets, "compare", lambda *_: dataclasses.replace(same, low=low))
-    assert targets.faster_recipe("onnx", network, lowering="regular:16", threads=1).name == name
-    assert targets.faster_recipe("openvino", network, lowering="regular:16", threads=1).name == "openvino-cpu"
+    asked = []
+
+    def bench_files(files: list[Path], **options: Any) -> list[Measurement]:
+        zero_points = [set(quantised_zero_points(file)) for file in files]
+        assert zero_points == [{0}, {0, 1}]
+        asked.append(options["runtime"])
+        times, environment = (first_ms, second_ms), {"interleaved": 2}
+        common: dict[str, Any] = {"warmup_runs": 0, "batch": 1, "environment": environment}
+        return [Measurement(name=str(ms), samples_ms=(ms,) * 9, **common) for ms in times]
+
+    monkeypatch.setattr(targets, "bench_onnx", bench_files)
+    options: dict[str, Any] = {"runtime": None, "lowering": "regular:16", "threads": 1}
+    assert targets.faster_recipe("onnx", network, **options).name == name
+    assert targets.faster_recipe("onnx", network, **options | {"runtime": "openvino-cpu"}).name == name
+    assert targets.faster_recipe("openvino", network, **options).name == "openvino-cpu"
+    assert asked == ["onnxruntime-cpu", "openvino-cpu"]
+
+
+def quantised_zero_points(file: Path) -> list[int]:
+    graph = Graph(onnx.load(str(file)))
+    weights = [graph.producers[n.input[1]] for n in graph.nodes if n.op_type == "Conv"]
+    return [int(graph.array(pair.input[2]).max()) for pair in weights]
 
 
 def test_recipes_that_write_the_same_file_are_not_measured(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At 4x nothing in this network is large enough for the second recipe."""
     monkeypatch.setattr(targets, "bench_onnx", lambda *_, **__: pytest.fail("measured"))
-    found = targets.faster_recipe("onnx", Network.load(run / "network"), lowering="slices", threads=1)
+    found = targets.faster_recipe("onnx", Network.load(run / "network"), runtime=None, lowering="slices", threads=1)
     assert found.name == "onnxruntime-cpu"
 
 

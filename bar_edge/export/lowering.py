@@ -337,8 +337,8 @@ class _Lowerer:
         return self.graph.node_copy(node, lambda _: part)
 
     def _splits(self, node: fx.Node) -> bool:
-        passage = self.found[node]
-        convolution = plain_reader(passage, self.network.module_of(node)) and passage.axis == 1
+        passage, module = self.found[node], self.network.module_of(node)
+        convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and plain_reader(passage, module)
         return passage.kind == "read" and convolution and str(node.target) not in self.again
 
     def _split(self, node: fx.Node) -> None:

@@ -93,18 +93,8 @@ def stream_placements(network: Network, found: Passages, stream: Stream, form: F
     """
     if form.kind not in ("regular", "zero-filled") and form.rounding == 1:
         return {}
-    places = {}
-    for node, slots in _slots(network, found, stream, form).items():
-        index = {slot: i for i, slot in enumerate(slots)}
-        places[node] = Placement(len(slots), tuple(index[c] for c in stream.channels[node]), tuple(slots))
-    stays: set[fx.Node] = set()
-    for node, place in places.items():
-        sources = {link.source for link in found[node].links}
-        if not (place.is_whole or can_widen(network, found[node], node)) or sources & stays:
-            stays.add(node)
-    if any(found[node].kind == "add" for node in stays) or not all(is_identity(found[node]) for node in stays):
-        return {}
-    return {node: place for node, place in places.items() if node not in stays}
+    # zeros in advance need more tensors that can hold them
+    return _placed(network, found, stream, form, grow=True) or _placed(network, found, stream, form, grow=False)
 
 
 def rounded_placements(
@@ -166,8 +156,27 @@ def _reads(network: Network, passage: Passage, node: fx.Node) -> bool:
     return passage.kind == "read" and plain_reader(passage, network.module_of(node))
 
 
-def _slots(network: Network, found: Passages, stream: Stream, form: Form) -> dict[fx.Node, list[int]]:
-    """Return for every tensor of a stream which of the stream's channels it holds in a form, zeros among them."""
+def _placed(network: Network, found: Passages, stream: Stream, form: Form, *, grow: bool) -> dict[fx.Node, Placement]:
+    """Return the placements of a stream's tensors, none if one of them that is added cannot be made wider."""
+    places = {}
+    for node, slots in _slots(network, found, stream, form, grow=grow).items():
+        index = {slot: i for i, slot in enumerate(slots)}
+        places[node] = Placement(len(slots), tuple(index[c] for c in stream.channels[node]), tuple(slots))
+    stays: set[fx.Node] = set()
+    for node, place in places.items():
+        sources = {link.source for link in found[node].links}
+        if not (place.is_whole or can_widen(network, found[node], node)) or sources & stays:
+            stays.add(node)
+    if any(found[node].kind == "add" for node in stays) or not all(is_identity(found[node]) for node in stays):
+        return {}
+    return {node: place for node, place in places.items() if node not in stays}
+
+
+def _slots(network: Network, found: Passages, stream: Stream, form: Form, *, grow: bool) -> dict[fx.Node, list[int]]:
+    """Return for every tensor of a stream which of the stream's channels it holds in a form, zeros among them.
+
+    grow: whether a zero-filled stream may hold zeros in advance.
+    """
     r = form.rounding
     if form.kind == "regular":
         return dict.fromkeys(stream.channels, list(range(_up(stream.width, r))))
@@ -178,7 +187,8 @@ def _slots(network: Network, found: Passages, stream: Stream, form: Form) -> dic
     # in first-write order the stream is a prefix: it grows to the next multiple at once, zeros in advance
     sums = [n for n, c in stream.channels.items() if found[n].kind == "add" and set(c) == set(range(len(c)))]
     widths = {node: _up(len(stream.channels[node]), r) for node in sums}
-    if form.kind == "zero-filled":
+    grow &= form.kind == "zero-filled"
+    if grow:
         widths = _grown(network, found, writer, widths)
     slots: dict[fx.Node, list[int]] = {}
 
@@ -192,8 +202,8 @@ def _slots(network: Network, found: Passages, stream: Stream, form: Form) -> dic
         first, second = (writer[link.source] for link in found[node].links)
         so_far = range(widths.get(node, 0))
         if first not in slots:
-            whole = form.kind in ("pointwise", "zero-filled") and node in widths
-            slots[first] = list(so_far) if whole and can_widen(network, found[first], first) else own(first, set())
+            whole = (grow or form.kind == "pointwise") and node in widths and can_widen(network, found[first], first)
+            slots[first] = list(so_far) if whole else own(first, set())
         if form.kind == "zero-filled" and node in widths:
             slots.setdefault(second, list(so_far))
         elif second not in slots:
@@ -208,30 +218,37 @@ def _grown(
 ) -> dict[fx.Node, int]:
     """Return the widths of a stream's sums, some of them larger, so that it grows where that costs least.
 
-    In multiplications, by dynamic programming over the sums in graph order: those of the layers that write and read
-    the stream there, and PAD for every value that is copied where it grows.
+    In multiplications, by dynamic programming over every chain of sums: those of the layers that write and read the
+    stream there, and PAD for every value that is copied where it grows.
     """
-    sums = list(widths)
-    per_channel = dict.fromkeys(sums, 0)
-    written = set(sums)
-    for node, own in writer.items():
-        readers = [user for user in node.users if user in found and _reads(network, found[user], user)]
-        if own in per_channel:
-            per_channel[own] += sum(_multiplications(network, reader, 1) for reader in readers)
-    for node in sums:
-        for source in {writer[link.source] for link in found[node].links} - written:
-            written.add(source)
-            if found[source].kind == "read" and can_widen(network, found[source], source):
-                per_channel[node] += _multiplications(network, source, 0)
-    best: list[tuple[float, list[int]]] = [(0, [])]
-    for end in range(1, len(sums) + 1):
-        ways = []
-        for start in range(end):
-            width, cost = max(widths[node] for node in sums[:end]), sum(per_channel[node] for node in sums[start:end])
-            copied = PAD * _pixels(network, sums[start]) if start else 0
-            ways.append((best[start][0] + width * (cost + copied), [*best[start][1], *[width] * (end - start)]))
-        best.append(min(ways))
-    return dict(zip(sums, best[-1][1], strict=True))
+    first_sum: dict[fx.Node, fx.Node] = {}  # of every tensor that is added: where its width is decided
+    chains: list[list[fx.Node]] = []
+    for node in widths:
+        sources = {writer[link.source] for link in found[node].links}
+        if chains and chains[-1][-1] in sources:
+            chains[-1].append(node)
+        else:
+            chains.append([node])
+        first_sum |= {source: node for source in sources if source not in first_sum} | {node: node}
+    costs = dict.fromkeys(widths, 0)  # per channel
+    for node, root in writer.items():
+        if root in first_sum:
+            readers = [user for user in node.users if user in found and _reads(network, found[user], user)]
+            costs[first_sum[root]] += sum(_multiplications(network, reader, 1) for reader in readers)
+            if node is root and found[root].kind == "read" and can_widen(network, found[root], root):
+                costs[first_sum[root]] += _multiplications(network, root, 0)
+    grown: dict[fx.Node, int] = {}
+    for chain in chains:
+        best: list[tuple[float, list[int]]] = [(0, [])]
+        for end in range(1, len(chain) + 1):
+            width, ways = max(widths[node] for node in chain[:end]), []
+            for start in range(end):
+                copied = PAD * _pixels(network, chain[start]) if start else 0
+                cost = best[start][0] + width * (sum(costs[node] for node in chain[start:end]) + copied)
+                ways.append((cost, [*best[start][1], *[width] * (end - start)]))
+            best.append(min(ways))
+        grown |= dict(zip(chain, best[-1][1], strict=True))
+    return grown
 
 
 def _multiplications(network: Network, node: fx.Node, axis: int) -> int:

@@ -238,7 +238,7 @@ def protected_layers(layout: GateLayout, metric: Metric) -> list[str]:
 
 
 def smallest_cost(layout: GateLayout, metric: Metric) -> float:
-    """Return the cost of the protected channels and nothing else, or of the whole network where that takes less ms."""
+    """Return the cost of the protected channels and nothing else, or of the whole network where that is less (ms)."""
     scores = torch.zeros(layout.size)
     bundle = _bundles(layout, scores, torch.zeros(layout.size, dtype=torch.bool))
     return min(_cost_of(layout, bundle, bundle[_best(layout, scores, metric)], metric), layout.cost({}, metric))
@@ -285,6 +285,8 @@ def project(
     fits opens again, whatever closed it: up to the hardware's next step a channel costs nothing.
     """
     opened, scores = opened.cpu(), scores.detach().cpu().double()
+    if metric == "ms" and layout.cost({}, "ms") <= limit:  # all would open again; and narrow layers can be slower
+        return layout.plan(torch.ones_like(opened)), 0
     bundle = _bundles(layout, scores, opened)
     best = _best(layout, scores, metric)
     if _cost_of(layout, bundle, bundle[best], metric) > limit:  # the best overlap less than the first of each set do
@@ -309,8 +311,6 @@ def project(
     def fits(open_bundles: Tensor) -> bool:
         return layout.cost(layout.kept(open_bundles[bundle]), metric) <= limit
 
-    if metric == "ms" and fits(torch.ones_like(alive)):  # a tiny network's narrow layers can be slower
-        return layout.plan(torch.ones_like(opened)), 0
     low, high = -1, len(order)  # left(high) fits, left(low) does not
     assert fits(left(high)), "the cheapest path fits every feasible budget"
     if fits(left(0)):  # not found by halving where additions cost more once they are mixed

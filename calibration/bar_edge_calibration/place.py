@@ -181,8 +181,8 @@ class _Placer:
         graph, weight, bias = self.graph, self.graph.array(node.input[1]), self.graph.bias(node)
         out_axis, _ = channel_axes(node, weight)
         large = node.op_type == "Conv" and attribute(node, "group", 1) == 1 and weight.size >= LARGE
-        zero = int(large and self.recipe.weights == "shifted")
-        highest = np.float32(127 - zero)
+        zero_point = int(large and self.recipe.weights == "shifted")
+        highest = np.float32(127 - zero_point)
         if node.op_type == "ConvTranspose" and attribute(node, "group", 1) > 1:
             scale = np.array(np.abs(weight).max() / highest)  # an axis that holds the channels of one group only
         else:
@@ -194,7 +194,7 @@ class _Placer:
         scale = np.asarray(np.where(scale > 0, scale, 1), np.float32)
         shape = [-1 if i == out_axis else 1 for i in range(weight.ndim)] if scale.ndim else []
         integers: np.ndarray = np.clip(np.round(weight / scale.reshape(shape)), -highest, highest).astype(np.int8)
-        made = [self._constant(node, 1, integers, scale, out_axis, zero)]
+        made = [self._constant(node, 1, integers, scale, out_axis, zero_point)]
         if node.input[0] in self.means and (bias or node.op_type == "Conv"):
             error = integers * scale.reshape(shape) - weight
             shift = shift - mean_response(node, error, self.means[node.input[0]])
@@ -211,12 +211,14 @@ class _Placer:
         return made
 
     def _constant(
-        self, node: NodeProto, position: int, integers: np.ndarray, scale: np.ndarray, axis: int, zero: int = 0
+        self, node: NodeProto, position: int, integers: np.ndarray, scale: np.ndarray, axis: int, zero_point: int = 0
     ) -> NodeProto:
         stem = f"{node.output[0]}/{'weight' if position == 1 else 'bias'}"
         names = [f"{stem}/int", f"{stem}/scale", f"{stem}/zero_point"]
-        integers = integers + np.asarray(zero, integers.dtype)
-        for name, values in zip(names, (integers, scale, np.full(scale.shape, zero, integers.dtype)), strict=True):
+        integers = integers + np.asarray(zero_point, integers.dtype)
+        for name, values in zip(
+            names, (integers, scale, np.full(scale.shape, zero_point, integers.dtype)), strict=True
+        ):
             self.graph.set_array(name, values)
         _set_input(node, position, stem)
         made = helper.make_node("DequantizeLinear", names, [stem], f"{stem}/dequantize")
