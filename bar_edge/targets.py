@@ -338,7 +338,7 @@ def _latency(folder: Path, measured: Measurement, comparison: Comparison | None 
 
 
 def _to_int8(source: Path, new: Path, recipe: Recipe) -> None:
-    images = random_images(onnx.load(source), 2 * BATCH, 0)
+    images = random_images(onnx.load(source), BATCH, 0)
     quantize(source, new, images=images, data="random", recipe=recipe)
 
 
