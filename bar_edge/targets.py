@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from bar_edge.bench import Comparison, Measurement, bench_onnx, compare, measurement, runner, save_measurement
 from bar_edge.bench.ssh import Device, Target
-from bar_edge.choice import CHOOSE_S
 from bar_edge.data import DataSource, Split
 from bar_edge.data.memory import RANDOM
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
@@ -67,6 +66,8 @@ RECIPES = {
 #: images that ranges are taken of, and that a bundle carries
 CALIBRATION_IMAGES, BUNDLE_SAMPLES = 512, 256
 BATCH = 64
+#: how long each file is measured to choose a recipe, in seconds
+RECIPE_S = 0.5
 #: batches of the last rung
 FINETUNE_STEPS = 200
 #: how long an engine's build on another device may take, in seconds
@@ -143,7 +144,7 @@ def faster_recipe(target: str, network: Network, *, runtime: str | None, lowerin
                 _to_int8(source, path, by)
             if file.read_bytes() != other.read_bytes():
                 found = bench_onnx(
-                    [file, other], runtime=runtime or RUNTIMES[target], threads=threads, seconds=CHOOSE_S
+                    [file, other], runtime=runtime or RUNTIMES[target], threads=threads, seconds=RECIPE_S
                 )
                 best = recipe if compare(found[1], found[0]).low > 1 else best
     return best
