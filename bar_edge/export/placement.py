@@ -94,7 +94,8 @@ def stream_placements(network: Network, found: Passages, stream: Stream, form: F
     if form.kind not in ("regular", "zero-filled") and form.rounding == 1:
         return {}
     # zeros in advance need more tensors that can hold them
-    return _placed(network, found, stream, form, grow=True) or _placed(network, found, stream, form, grow=False)
+    grown = _placed(network, found, stream, form, grow=True) if form.kind == "zero-filled" else {}
+    return grown or _placed(network, found, stream, form, grow=False)
 
 
 def rounded_placements(
@@ -175,7 +176,7 @@ def _placed(network: Network, found: Passages, stream: Stream, form: Form, *, gr
 def _slots(network: Network, found: Passages, stream: Stream, form: Form, *, grow: bool) -> dict[fx.Node, list[int]]:
     """Return for every tensor of a stream which of the stream's channels it holds in a form, zeros among them.
 
-    grow: whether a zero-filled stream may hold zeros in advance.
+    grow: whether the stream holds zeros in advance where that costs less than growing.
     """
     r = form.rounding
     if form.kind == "regular":
@@ -187,7 +188,6 @@ def _slots(network: Network, found: Passages, stream: Stream, form: Form, *, gro
     # in first-write order the stream is a prefix: it grows to the next multiple at once, zeros in advance
     sums = [n for n, c in stream.channels.items() if found[n].kind == "add" and set(c) == set(range(len(c)))]
     widths = {node: _up(len(stream.channels[node]), r) for node in sums}
-    grow &= form.kind == "zero-filled"
     if grow:
         widths = _grown(network, found, writer, widths)
     slots: dict[fx.Node, list[int]] = {}
