@@ -20,7 +20,16 @@ from bar_edge.training import NoProgress, Progress
 CANDIDATES = {
     ("onnxruntime-cpu", "fp32"): ("gather:4", "pointwise:16", "slices:4", "regular:16", "scatter", "regular"),
     ("openvino-cpu", "fp32"): ("slices", "pointwise", "slices:4", "pointwise:16", "regular:16", "regular"),
-    ("onnxruntime-cpu", "int8"): ("pointwise:16", "gather:16", "slices:16", "slices", "regular:16", "regular"),
+    ("onnxruntime-cpu", "int8"): (
+        "pointwise:16",
+        "deferred:4",
+        "deferred:16",
+        "gather:16",
+        "slices:16",
+        "gather:4",
+        "regular:16",
+        "regular",
+    ),
     ("openvino-cpu", "int8"): (
         "zero-filled:32",
         "zero-filled:16",

@@ -120,11 +120,10 @@ class Run:
             self._reestimate(pruner.network.eval())  # sampled gates left statistics that the final gates do not have
         folded, plan, end = pruner.finish()
         self.end = end
-        if self.budget.metric == "ms":  # what a measurement may ask to be projected again
-            gates = pruner.network.gates
-            found = {"scores": gates.log_alpha.detach().cpu().clone(), "opened": gates.opened().cpu()}
-            save_file(found, self.out / "checkpoints" / "gates.safetensors")
-            folded.save(self.out / "checkpoints" / "folded")
+        gates = pruner.network.gates  # what a measurement may ask to be projected again
+        found = {"scores": gates.log_alpha.detach().cpu().clone(), "opened": gates.opened().cpu()}
+        save_file(found, self.out / "checkpoints" / "gates.safetensors")
+        folded.save(self.out / "checkpoints" / "folded")
         return folded, plan, int(end["forced"])
 
     def corrected(self, limit: float) -> tuple[Network, ChannelPlan, int]:

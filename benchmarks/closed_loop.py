@@ -4,7 +4,8 @@
 
 Every model has one dense network and one table; a budget is a share of the dense network's latency by that table.
 `--compare`: at three budgets BAR is trained for activation volume and for FLOPs as well, with other factors until the
-measured latency is within 3 % of what the latency-trained network has, seven times at most; the nearest counts.
+measured latency is within 3 % of what the latency-trained network has, four times at most. If it is not, the nearest is
+cut as the latency-trained one was: in the order of the scores that its training left, until its measured latency is.
 Resumable; writes JSON after every run. MODEL may carry arguments: "resnet20 width=0.5". Run folders stay in --work.
 """
 
@@ -12,22 +13,25 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
-from bar_edge.closing import in_fresh_processes
+from bar_edge.closing import correct, in_fresh_processes
 from bar_edge.config import RunConfig, TrainConfig
 from bar_edge.methods import GateLayout, smallest_cost
 from bar_edge.pipeline import bench, deploy, export_run, profile, prune
-from bar_edge.records import read_json, write_json
+from bar_edge.records import ChannelPlan, read_json, write_json
+from bar_edge.run import Run
 from bar_edge.specs import read_data, read_network
 from bar_edge.table import LatencyTable
+from bar_edge.training import NoProgress
 
 RESULTS = Path(__file__).parent / "results" / "closed_loop.json"
 #: budgets, as shares of the dense network's latency, and which of them are compared
 SHARES, COMPARED = (0.85, 0.7, 0.6, 0.5, 0.4, 0.3), (0.7, 0.5, 0.4)
-#: how near the other metrics' latencies must come, and in how many trainings
-NEAR, TRAININGS = 0.03, 7
+#: how near the other metrics' latencies must come, and in how many trainings and cuts
+NEAR, TRAININGS, CUTS = 0.03, 4, 6
 
 
 def subset(data: str, images: int, work: Path) -> str:
@@ -99,7 +103,7 @@ class Bed:
         """Train for another metric until the latency is that of the latency-trained network; returns the attempts."""
         aim, attempts = row["achieved"], list[dict[str, Any]]()
         factor = 1 / row[metric]
-        while len(attempts) < TRAININGS and not any(abs(one["ms"] / aim - 1) <= NEAR for one in attempts):
+        while len(attempts) < TRAININGS and not any(_apart(one, aim) <= NEAR for one in attempts):
             slower = max((one for one in attempts if one["ms"] > aim), key=_factor, default=None)
             faster = min((one for one in attempts if one["ms"] <= aim), key=_factor, default=None)
             if slower and faster:  # linear in the logarithms, well inside: latencies jump
@@ -112,15 +116,59 @@ class Bed:
                 break
             out = self.work / f"{metric}-{factor:g}"
             result = prune(self.config(f"{factor:g}x:{metric}"), out, resume=True)
-            exported = export_run(out, lowering=self.lowering)
-            _, ms = in_fresh_processes(lambda file: bench(Path(file), seconds=self.seconds), exported["artifact"])
-            attempts.append({"factor": factor, "ms": ms, **self.costs(result)})
-        return attempts
+            attempts.append({"factor": factor, "ms": self.measured(out), **self.costs(result)})
+        nearest = _nearest(attempts, aim)
+        return attempts if _apart(nearest, aim) <= NEAR else attempts + self.cut(metric, nearest, row)
+
+    def measured(self, out: Path) -> float:
+        """Export a run in the table's form; return its latency in ms, the median of three fresh processes."""
+        exported = export_run(out, lowering=self.lowering)
+        return in_fresh_processes(lambda file: bench(Path(file), seconds=self.seconds), exported["artifact"])[1]
+
+    def cut(self, metric: str, trained: dict[str, Any], row: dict[str, Any]) -> list[dict[str, Any]]:
+        """Cut a trained network anew by its scores until the latency is that of the latency-trained one."""
+        aim, cuts = row["achieved"], list[dict[str, Any]]()
+        out = self.work / f"{metric}-{trained['factor']:g}-at-{row['budget_ms']:g}ms"
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(self.work / f"{metric}-{trained['factor']:g}", out)
+        (out / "config.toml").unlink()
+        run = Run(self.config(f"{row['budget_ms']:g}ms", str(self.table)), out, True, NoProgress())
+        plan = ChannelPlan.from_json(read_json(out / "plan.json"))
+        known = [{"by_table": run.layout.cost(plan.kept, "ms"), "ms": trained["ms"]}]
+        while len(cuts) < CUTS and not any(_apart(one, aim) <= NEAR for one in cuts):
+            slower = min((one for one in known if one["ms"] > aim), key=_ms, default=None)
+            faster = max((one for one in known if one["ms"] <= aim), key=_ms, default=None)
+            if slower and faster:
+                share = (aim - faster["ms"]) / (slower["ms"] - faster["ms"])
+                limit = faster["by_table"] + share * (slower["by_table"] - faster["by_table"])
+            else:
+                nearest = _nearest(known, aim)
+                limit = nearest["by_table"] * aim / nearest["ms"]
+            correct(run, limit)
+            result = read_json(out / "result.json")
+            found = {"by_table": result["budget"]["achieved"], "ms": self.measured(out)}
+            known.append(found)
+            cuts.append({"factor": trained["factor"], "cut": True, **found, **self.costs(result)})
+        return cuts
 
 
 def _factor(attempt: dict[str, Any]) -> float:
     factor: float = attempt["factor"]
     return factor
+
+
+def _ms(attempt: dict[str, Any]) -> float:
+    ms: float = attempt["ms"]
+    return ms
+
+
+def _apart(attempt: dict[str, Any], aim: float) -> float:
+    """Return how far a latency is from another, as a share."""
+    return abs(_ms(attempt) / aim - 1)
+
+
+def _nearest(attempts: list[dict[str, Any]], aim: float) -> dict[str, Any]:
+    return min(attempts, key=lambda attempt: _apart(attempt, aim))
 
 
 def report(results: dict[str, Any]) -> str:
@@ -143,8 +191,8 @@ def report(results: dict[str, Any]) -> str:
             arms = [("latency", {**latency, "ms": latency["achieved"]}, 1)]
             for metric in ("volume", "flops"):
                 attempts = one.get(metric, [])
-                nearest = sorted(attempts, key=lambda attempt: abs(math.log(attempt["ms"] / latency["achieved"])))
-                arms += [(metric, attempt, len(attempts)) for attempt in nearest[:1]]
+                if attempts:
+                    arms.append((metric, _nearest(attempts, latency["achieved"]), len(attempts)))
             for metric, arm, n in arms:
                 lines.append(
                     f"| {model} | {metric} | {arm['ms']:.3f} | {arm['metric']:.2%} | {arm['volume']:.3f} "

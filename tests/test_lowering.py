@@ -78,7 +78,7 @@ MADE = {
     "normed": Net(lambda s, x: F.relu(s.n(x + s.a(x))) + s.m(s.b(x)) + x),
 }  # fmt: skip
 FORMS = [*LOWERINGS, "slices:4", "pad:3", "gather:4", "scatter:2", "blocks:2", "blocks:8", "pointwise:4"]
-FORMS += ["zero-filled:4", "regular:8"]
+FORMS += ["deferred:4", "zero-filled:4", "regular:8"]
 ZOO = {"wrn-16-1": 1.0, "resnet20": 0.5, "resnet18": 0.0625}
 
 
@@ -123,7 +123,7 @@ def test_the_file_equals_the_sliced_network(name: str, tmp_path: Path) -> None:
     _, sliced, _ = sliced_network(name)
     images = contrasting(3, 3, 8, 8).float()
     assert visible(sliced.float()(images).detach())
-    for form in ("paper", "slices:4", "pad:3", "gather:4", "scatter:2", "blocks:2"):
+    for form in ("paper", "slices:4", "pad:3", "gather:4", "scatter:2", "deferred:4", "blocks:2"):
         export_onnx(lower(sliced, form), (3, 8, 8), tmp_path / "model.onnx")
         # float32 in two runtimes that sum in different orders
         assert parity_onnx(sliced, tmp_path / "model.onnx", images) < 1e-4, form
@@ -142,7 +142,9 @@ def test_paper_gathers_and_scatters() -> None:
     assert torch.ops.aten.cat.default not in called
 
 
-@pytest.mark.parametrize("form", ["slices", "pad", "gather", "pointwise", "blocks:2", "zero-filled", "regular"])
+@pytest.mark.parametrize(
+    "form", ["slices", "pad", "gather", "pointwise", "deferred", "blocks:2", "zero-filled", "regular"]
+)
 def test_other_forms_do_not_scatter(form: str) -> None:
     _, sliced, _ = sliced_network("wrn-16-1")
     called = targets(lower(sliced, form))
@@ -153,7 +155,9 @@ def convolutions(network: Network) -> list[nn.Conv2d]:
     return [m for node in network.nodes if isinstance(m := network.module_of(node), nn.Conv2d)]
 
 
-@pytest.mark.parametrize("form", ["slices:4", "gather:4", "pointwise:4", "blocks:4", "zero-filled:4", "regular:4"])
+@pytest.mark.parametrize(
+    "form", ["slices:4", "gather:4", "pointwise:4", "deferred:4", "blocks:4", "zero-filled:4", "regular:4"]
+)
 @pytest.mark.parametrize("name", ["wrn-16-1", "resnet20", "linear bottleneck"])
 def test_rounded_widths_are_multiples(name: str, form: str) -> None:
     _, sliced, _ = sliced_network(name, removed=0.4)
@@ -162,6 +166,22 @@ def test_rounded_widths_are_multiples(name: str, form: str) -> None:
     for c in rounded:
         assert c.out_channels % 4 == 0
         assert c.groups == c.in_channels or c.in_channels % 4 == 0 or c.in_channels == 3
+
+
+def test_deferred_sums_in_the_convolution_that_a_norm_becomes(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, sliced, _ = sliced_network("wrn-16-1")
+    images = contrasting(3, 3, 8, 8)
+    lowered = lower(sliced, "deferred")
+    joined = targets(lowered).count(torch.ops.aten.cat.default)
+    assert joined == sum(isinstance(m, MixedAdd) for m in sliced.modules()) == 6
+    assert torch.ops.aten.add.Tensor not in targets(lowered)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in lowered.modules()) == 1  # it reads what the stem writes
+    assert len(convolutions(lowered)) == len(convolutions(lower(sliced, "gather"))) + 6
+    # a sum that would be too long a sum is made before it is added to: here the first of every stage
+    monkeypatch.setattr("bar_edge.export.lowering.LONGEST", 0)
+    made = lower(sliced, "deferred")
+    assert len(convolutions(made)) == len(convolutions(lowered)) + 3
+    assert difference(sliced.eval()(images).detach(), made(images)) < FLOAT64
 
 
 def test_blocks_add_where_they_write_and_join_where_they_are_read() -> None:

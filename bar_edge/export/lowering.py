@@ -40,6 +40,8 @@ PAPER = "paper"
 LOWERINGS = (PAPER, *KINDS)
 #: rank of a tensor -> what convolves it
 CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+#: how many times a sum's channels it may be the sum of: a longer one is made before it is added to
+LONGEST = 3
 #: applied again they change nothing
 IDEMPOTENT = {aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default}
 
@@ -124,6 +126,8 @@ class _Lowerer:
         self.root, self.graph = network.body, fx.Graph()
         self.made: dict[fx.Node, fx.Node] = {}
         self.whole: dict[fx.Node, fx.Node] = {}  # streams at the width of their union, for `paper`
+        self.terms: dict[fx.Node, list[tuple[fx.Node, tuple[int, ...]]]] = {}  # sums that are not made: what, and where
+        self.joined: dict[tuple[fx.Node, ...], fx.Node] = {}
         self.parts: dict[fx.Node, dict[int, fx.Node]] = {}  # tensors in runs of channels, by the run's first channel
 
     def run(self) -> Network:
@@ -139,6 +143,10 @@ class _Lowerer:
                 self.parts[node] = {k: self._once(node, part) for k, part in self.parts[source].items()}
             elif node in self.runs and passage is not None and len(self.runs[node]) > 1 and self._splits(node):
                 self._split(node)
+            elif node in self.form and self.form[node].kind == "deferred" and self._defers(node):
+                self._defer(node)
+            elif source in self.terms and (norm := self._norm(node)) is not None:
+                self.made[node] = self._summed(source, norm)
             elif isinstance(module, MixedAdd):
                 self._mixed(node, module)
             elif isinstance(module, Expand):
@@ -159,7 +167,9 @@ class _Lowerer:
     def _live(self, node: fx.Node) -> fx.Node:
         """Return a tensor with its live channels; gathered from a whole stream, or joined from parts, on first use."""
         if node not in self.made:
-            if node in self.parts:
+            if node in self.terms:
+                self.made[node] = self._summed(node)
+            elif node in self.parts:
                 parts = list(self.parts[node].values())
                 joined = len(parts) > 1
                 self.made[node] = self.graph.call_function(aten.cat.default, (parts, 1)) if joined else parts[0]
@@ -274,6 +284,47 @@ class _Lowerer:
         if any(place < before for place in module.positions_b):
             x = self.graph.call_function(aten.add.Tensor, (a, parts.pop(0)))
         return self.graph.call_function(aten.cat.default, ([x, *parts], 1)) if parts else x
+
+    # ----------------------------------------------------------------------- sums made by what reads
+
+    def _defer(self, node: fx.Node) -> None:
+        """Note what a sum is the sum of, and where each channel of that goes; make those that grew too long."""
+        module, every = self.network.module_of(node), tuple(range(self.found[node].width))
+        positions = (module.positions_a, module.positions_b) if isinstance(module, MixedAdd) else (every, every)
+        self.terms[node] = []
+        for source, places in zip(operands(node), positions, strict=True):
+            terms = self.terms.get(source, []) if source not in self.made else []
+            if not terms or sum(len(own) for _, own in terms) > LONGEST * len(places):
+                terms = [(self._live(source), tuple(range(len(places))))]
+            self.terms[node] += [(x, tuple(places[i] for i in own)) for x, own in terms]
+
+    def _summed(self, node: fx.Node, norm: nn.modules.batchnorm._BatchNorm | None = None) -> fx.Node:
+        """Join what a sum is the sum of, and sum it by a convolution of 1x1, a BatchNorm behind it in it."""
+        tensors = tuple(x for x, _ in self.terms[node])
+        if tensors not in self.joined:
+            before = self.joined.get(tensors[:-1])
+            parts = list(tensors) if before is None else [before, tensors[-1]]
+            self.joined[tensors] = self.graph.call_function(aten.cat.default, (parts, 1))
+        places = torch.tensor([place for _, own in self.terms[node] for place in own])
+        kind, dtype = CONVOLUTIONS[len(self.network.shapes[node.name])], next(self.network.body.parameters()).dtype
+        summing = kind(len(places), self.found[node].width, 1, bias=False, dtype=dtype).eval()
+        with torch.no_grad():
+            summing.weight.zero_()[places, torch.arange(len(places))] = 1
+        summing = summing if norm is None else nn.utils.fuse_conv_bn_eval(summing, norm)
+        name = f"{node.name}_summed_{len(self.graph.nodes)}"
+        attach(self.root, name, summing)
+        return self.graph.call_module(name, (self.joined[tensors],))
+
+    def _norm(self, node: fx.Node) -> nn.modules.batchnorm._BatchNorm | None:
+        """Return a BatchNorm that can become part of the convolution before it."""
+        norm = self.network.module_of(node)
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or str(node.target) in self.again:
+            return None
+        return norm if norm.running_mean is not None else None
+
+    def _defers(self, node: fx.Node) -> bool:
+        passage = self.found[node]
+        return passage.kind == "add" and self._sums(node) and len(self.network.shapes[node.name]) in CONVOLUTIONS
 
     def _expand(self, module: Expand, x: fx.Node) -> fx.Node:
         rank = len(self.network.shapes[next(n.name for n, m in self.made.items() if m is x)])

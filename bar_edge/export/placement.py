@@ -14,7 +14,7 @@ from bar_edge.network.channels import Passage, Passages, aten, called_again, is_
 from bar_edge.network.movement import MOVEMENTS, SHAPELESS
 from bar_edge.surgery.order import Stream, is_identity, joined_streams
 
-Kind = Literal["slices", "pad", "gather", "scatter", "pointwise", "blocks", "zero-filled", "regular"]
+Kind = Literal["slices", "pad", "gather", "scatter", "pointwise", "deferred", "blocks", "zero-filled", "regular"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 #: multiplications in the time of copying one value: INT8 and bf16 in OpenVINO (docs/mixed_connectivity.md)
 PAD = 200
@@ -27,6 +27,8 @@ class Form:
     slices, pad, gather, scatter, pointwise
                   a writer makes its own channels, which go to their places by Slice, Add and Concat, by Pad and
                   Add, by Gather from a padded tensor, by ScatterND, or by a convolution of 1x1 that adds
+    deferred      nothing is added where it is written: writers' channels are joined, and summed where the stream is
+                  read, by a convolution of 1x1 that the BatchNorm behind the sum is part of
     blocks        a writer makes whole blocks of `rounding` channels, one convolution per block or run of blocks
     zero-filled   a writer makes all channels of the stream so far, and zeros in advance where they cost less than the
                   Pad by which the stream grows: plain additions
@@ -207,7 +209,7 @@ def _slots(network: Network, found: Passages, stream: Stream, form: Form, *, gro
         if form.kind == "zero-filled" and node in widths:
             slots.setdefault(second, list(so_far))
         elif second not in slots:
-            missing = set() if form.kind == "pointwise" else set(so_far) - set(slots[first])
+            missing = set() if form.kind in ("pointwise", "deferred") else set(so_far) - set(slots[first])
             slots[second] = own(second, missing)
         slots[node] = sorted({*slots[first], *slots[second], *so_far})
     return {node: slots.get(writer[node]) or own(writer[node], set()) for node in stream.channels}

@@ -120,8 +120,9 @@ Lowering = Annotated[
     _option(
         "--lowering",
         metavar="NAME",
-        text="How additions run: auto (measured here), paper, or slices, pad, gather, scatter, pointwise, blocks, "
-        "zero-filled, regular, with widths rounded up as in slices:4; one for all streams or one each, with commas.",
+        text="How additions run: auto (measured here), paper, or slices, pad, gather, scatter, pointwise, deferred, "
+        "blocks, zero-filled, regular, with widths rounded up as in slices:4; one for all streams, or one each with "
+        "commas.",
     ),
 ]
 ChoiceSeconds = Annotated[float, _option("--choice-seconds", metavar="S", text="How long --lowering auto may measure.")]
