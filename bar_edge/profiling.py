@@ -1,15 +1,21 @@
-"""`bar-edge profile`: a latency table of a network's own operations, fitted to whole networks on the same device."""
+"""`bar-edge profile`: a latency table of a network's own operations, fitted to whole networks on the same device.
+
+On TensorRT, which fuses what it likes and builds for minutes, the prices come from the layers of whole engines.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bar_edge.bench import bench_onnx
+from bar_edge.bench import Measurement, bench_onnx
+from bar_edge.bench.engines import Sample, fitted_prices, layer_samples
 from bar_edge.bench.profile import LINE_WIDTHS, Prober, find_step, undisturbed_ms
 from bar_edge.choice import CANDIDATES, ELSEWHERE
 from bar_edge.export.lowering import lower
@@ -18,15 +24,17 @@ from bar_edge.export.placement import Form
 from bar_edge.methods import GateLayout, random_plan, smallest_cost
 from bar_edge.network import Network, count
 from bar_edge.network.channels import passages
-from bar_edge.network.latency import LatencyCounter, largest_widths
+from bar_edge.network.latency import LAYERS, LatencyCounter, largest_widths
 from bar_edge.records import ChannelPlan
 from bar_edge.surgery import slice_network
-from bar_edge.table import Kind, LatencyTable
+from bar_edge.table import Kind, LatencyTable, Prices, knots
 from bar_edge.training import NoProgress, Progress
 
 #: shares of the volume of the random plans to which a table is fitted, the whole network among them
 SHARES = (1.0, 0.7, 0.55, 0.4, 0.3, 0.2, 0.12, 0.07)
 CHECK_S = 1.0
+#: where layers are timed in whole engines, and in how many besides those to which the table is fitted
+TENSORRT, ENGINES = "tensorrt", 24
 #: share of the volume of the plan by which the form of the additions is chosen
 TRIED = 0.3
 
@@ -45,10 +53,13 @@ def profile_network(
     """Measure the network's operations, then a few random plans of it as whole files; write and return the table.
 
     lowering: form of the additions in whole networks; auto is the faster of the runtime's two most promising, in a
-    random plan. What was measured before a stop is not measured again. Raises what `bench_onnx` raises.
+    random plan. What was measured before a stop is not measured again; engines are built again, with what their timing
+    cache holds. Raises what `bench_onnx` raises.
     """
     progress = progress or NoProgress()
     largest = largest_widths(network)
+    caches = out.with_name(f".{out.name}.caches")
+    shared = {"caches": str(caches.resolve())} if runtime == TENSORRT else {}
     progress.phase("profile", 1, 0)
     prober = Prober(
         out.with_name(f".{out.name}.part"),
@@ -56,11 +67,14 @@ def profile_network(
         runtime=runtime,
         threads=threads,
         on=on,
+        **shared,
     )
-    lines = _lines(prober, largest)
-    prices = prober.prices(largest)
+    lines = _lines(prober, largest) if runtime != TENSORRT else []
+    prices = prober.prices(largest) if runtime != TENSORRT else {}
     if lowering == "auto":
         lowering = _faster(prober, network, CANDIDATES.get((runtime, "fp32"), ELSEWHERE)[:2])
+    if runtime == TENSORRT:
+        prices = _engine_prices(prober, network, largest, lowering)
     table = LatencyTable(
         lowering=lowering,
         rounding=max(4, Form.parse(lowering).rounding),
@@ -74,6 +88,7 @@ def profile_network(
     progress.done()
     table.save(out)
     prober.memory.unlink(missing_ok=True)
+    shutil.rmtree(caches, ignore_errors=True)
     return table
 
 
@@ -144,6 +159,42 @@ def _lines(prober: Prober, largest: dict[Kind, tuple[int, ...]]) -> list[dict[st
     return [prober.line(kind, axis, min(64, wide[kind][1 - axis])) for axis in (0, 1)]
 
 
+def _engine_prices(
+    prober: Prober, network: Network, largest: dict[Kind, tuple[int, ...]], lowering: str
+) -> dict[str, Prices]:
+    """Price the operations by the layers of engines of random plans.
+
+    All that is not a layer is priced by the values that it goes over, at one rate; what TensorRT fuses at 0.
+    """
+    plans = _random_plans(network, tuple(np.geomspace(1, min(SHARES), ENGINES)), first_seed=len(SHARES))
+    samples, rests = list[Sample](), list[float]()
+
+    def read(files: list[Path], found: list[Measurement]) -> None:
+        for file, measured in zip(files, found, strict=True):
+            own, rest = layer_samples(file, measured.layers_ms or {})
+            samples.extend(own)
+            rests.append(rest)
+
+    _benched(prober, network, [(plan, lowering) for plan in plans], read, layers=True)
+    prices = fitted_prices(samples, largest)
+    for kind, widths in largest.items():
+        per_value = 1.0 if kind.op not in ("handover", *LAYERS) else 0.0
+        if str(kind) not in prices:
+            axes = tuple((0, *knots(n)) for n in widths)
+            values = np.multiply.outer(np.ones(len(axes[0])), axes[-1]) if len(axes) > 1 else np.array(axes[0], float)
+            prices[str(kind)] = Prices(widths=axes, ms=tuple(per_value * np.prod(kind.shape) * values.ravel()))
+    unit = LatencyTable(lowering=lowering, rounding=max(4, Form.parse(lowering).rounding), step=4, prices=prices)
+    counter = LatencyCounter(network, passages(network), unit)
+    gone_over = sum(float(counter.priced.parts(counter.widths(plan.kept), stepped=True)[1]) for plan in plans)
+    rate = sum(rests) / gone_over if gone_over else 0.0
+    return {
+        text: price
+        if Kind.parse(text).op in LAYERS
+        else dataclasses.replace(price, ms=tuple(round(rate * ms, 9) for ms in price.ms))
+        for text, price in prices.items()
+    }
+
+
 def _faster(prober: Prober, network: Network, lowerings: tuple[str, ...]) -> str:
     """Return the form in which a random plan of the network runs faster."""
     (plan,) = _random_plans(network, (TRIED,))
@@ -157,17 +208,32 @@ def _whole(prober: Prober, network: Network, lowering: str) -> list[tuple[Channe
     return list(zip(plans, _measured(prober, network, [(plan, lowering) for plan in plans]), strict=True))
 
 
-def _random_plans(network: Network, shares: tuple[float, ...]) -> list[ChannelPlan]:
+def _random_plans(network: Network, shares: tuple[float, ...], first_seed: int = 0) -> list[ChannelPlan]:
     """Return random plans of shares of the network's volume."""
     layout, volume = GateLayout(network), count(network).volume
     limits = [max(share * volume, smallest_cost(layout, "volume")) for share in shares]
-    return [random_plan(layout, "volume", limit, seed) for seed, limit in enumerate(limits)]
+    return [random_plan(layout, "volume", limit, seed) for seed, limit in enumerate(limits, first_seed)]
 
 
 def _measured(prober: Prober, network: Network, forms: list[tuple[ChannelPlan, str]]) -> list[float]:
     """Return the ms of the network, sliced by plans and lowered, interleaved."""
+    found: list[float] = []
+    _benched(prober, network, forms, lambda _, measured: found.extend(map(undisturbed_ms, measured)))
+    return found
+
+
+def _benched(
+    prober: Prober,
+    network: Network,
+    forms: list[tuple[ChannelPlan, str]],
+    read: Callable[[list[Path], list[Measurement]], None],
+    **options: Any,
+) -> None:
+    """Measure the network, sliced by plans and lowered, interleaved; files and measurements are read before they go."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{i}.onnx" for i in range(len(forms))]
         for (plan, lowering), file in zip(forms, files, strict=True):
             export_plan(network, plan, lowering, file)
-        return [undisturbed_ms(found) for found in bench_onnx(files, seconds=CHECK_S, **prober.options)]
+        found = bench_onnx(files, seconds=CHECK_S, **prober.options, **options)
+        prober.environment = prober.environment or found[0].environment
+        read(files, found)

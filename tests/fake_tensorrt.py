@@ -24,6 +24,8 @@ import onnxruntime
 SURFACE = json.loads((Path(__file__).parent / "data" / "tensorrt_surface.json").read_text())
 #: milliseconds that the driver's clock advances
 H2D_MS, COMPUTE_MS, D2H_MS = 0.25, 4.0, 0.5
+#: what the profiler says of a layer: a constant, and a rate per multiplication or per value
+LAYER_MS, MULTIPLICATION_MS, VALUE_MS = 2e-3, 1e-9, 1e-7
 
 
 @dataclasses.dataclass
@@ -158,6 +160,15 @@ def make_tensorrt(world: World, driver: FakeDriver) -> types.ModuleType:
             raise NotImplementedError("must be overridden")
 
     known["ILogger"] = ILogger
+
+    class IProfiler:
+        def __init__(self) -> None:
+            self._ready = True
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            raise NotImplementedError("must be overridden")
+
+    known["IProfiler"] = IProfiler
 
     def say(log: Any, severity: str, text: str) -> None:
         log.log(getattr(ILogger.Severity, severity), text)
@@ -334,6 +345,13 @@ def make_tensorrt(world: World, driver: FakeDriver) -> types.ModuleType:
             self._engine = engine
             self._shapes: dict[str, tuple[int, ...]] = {}
             self._addresses: dict[str, int] = {}
+            self._profiler: Any = None
+
+        profiler = property(lambda self: self._profiler, lambda self, value: self._profile(value))
+
+        def _profile(self, profiler: Any) -> None:
+            assert profiler._ready, "IProfiler.__init__ was not called"
+            object.__setattr__(self, "_profiler", profiler)
 
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
             low, _, high = self._engine._ranges.get(name, [list(self._engine._declared[name])] * 3)
@@ -361,8 +379,15 @@ def make_tensorrt(world: World, driver: FakeDriver) -> types.ModuleType:
             if set(names) != set(self._addresses):
                 return False
             addresses = dict(self._addresses)
+            assert self._profiler is None or driver.captured is None, "a profiler cannot be captured"
             driver.queue(stream_handle, COMPUTE_MS, lambda: self._compute(addresses))
+            if self._profiler is not None:
+                driver.queue(stream_handle, 0.0, self._report)
             return True
+
+        def _report(self) -> None:
+            for name, ms in _layers(self._engine._model):
+                self._profiler.report_layer_time(name, ms)
 
         def _compute(self, addresses: dict[str, int]) -> None:
             session, feed = self._engine._session, {}
@@ -377,7 +402,7 @@ def make_tensorrt(world: World, driver: FakeDriver) -> types.ModuleType:
         def __init__(self, header: dict[str, Any], model: bytes) -> None:
             proto = onnx.load_from_string(model)
             self._session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-            self._ranges = header["ranges"]
+            self._ranges, self._model = header["ranges"], proto
             values = [*proto.graph.input, *proto.graph.output]
             self._declared = {v.name: Dims(_shape(v)) for v in values}
             self._types = {v.name: dtypes[v.type.tensor_type.elem_type] for v in values}
@@ -423,6 +448,7 @@ def make_tensorrt(world: World, driver: FakeDriver) -> types.ModuleType:
     offered = {
         **plain,
         "ILogger": ILogger,
+        "IProfiler": IProfiler,
         "Builder": Builder,
         "OnnxParser": OnnxParser,
         "Runtime": Runtime,
@@ -433,6 +459,28 @@ def make_tensorrt(world: World, driver: FakeDriver) -> types.ModuleType:
         setattr(module, name, value)
     module.__version__ = surface["version"]  # type: ignore[attr-defined]
     return module
+
+
+def _layers(model: Any) -> list[tuple[str, float]]:
+    """Return the layers of an engine: a convolution with the Relu behind it, and all else alone."""
+    proto = onnx.shape_inference.infer_shapes(model)
+    weights = {tensor.name: list(tensor.dims) for tensor in proto.graph.initializer}
+    values = [*proto.graph.input, *proto.graph.value_info, *proto.graph.output]
+    pixels = {v.name: int(np.prod([d for d in _shape(v)[2:] if d > 0])) for v in values}
+    channels = {v.name: int((*_shape(v), 1, 1)[1]) for v in values}
+    found: list[tuple[str, float]] = [("Reformatting CopyNode for Input Tensor 0 to " + proto.graph.node[0].name, 1e-3)]
+    fused: set[str] = set()
+    for node in proto.graph.node:
+        readers = [other for other in proto.graph.node if node.output[0] in other.input]
+        heavy = node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1] in weights
+        if heavy:
+            name, work = node.name, int(np.prod(weights[node.input[1]])) * pixels[node.output[0]]
+            if len(readers) == 1 and readers[0].op_type == "Relu":
+                name, _ = f"{name} + {readers[0].name}", fused.add(readers[0].name)
+            found.append((name, LAYER_MS + MULTIPLICATION_MS * work))
+        elif node.name not in fused and node.output[0] in pixels:
+            found.append((node.name, VALUE_MS * channels[node.output[0]] * pixels[node.output[0]]))
+    return found
 
 
 def _shape(value: Any) -> tuple[int, ...]:

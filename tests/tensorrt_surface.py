@@ -38,6 +38,7 @@ CLASSES = [
     "ILogger",
     "INetworkDefinition",
     "IOptimizationProfile",
+    "IProfiler",
     "ITensor",
     "ITimingCache",
     "Logger",
@@ -64,6 +65,7 @@ UNUSED_ADDS = "INetworkDefinition"
 SPELLINGS = {
     "tensorrt_bindings.tensorrt.": "",
     "typing.SupportsInt": "int",
+    "typing.SupportsFloat": "float",
     "typing_extensions.Buffer": "buffer",
     "collections.abc.Sequence": "list",
     "List[": "list[",

@@ -79,6 +79,10 @@ def test_builds_and_runs_in_every_version(version: str, onnx_file: Path, tmp_pat
         images = rng.standard_normal((batch, 4, 6, 6)).astype("f4")
         (got,) = engine.run([images])
         np.testing.assert_allclose(got, reference(onnx_file, images), atol=1e-5)  # ONNX Runtime against numpy
+    layers = engine.layers_ms([images])
+    assert list(layers)[1:] == ["/conv1", "/relu", "/conv10", "/add", "/sigmoid"]
+    assert layers["/conv10"] == layers["/conv1"] > layers["/add"] > 0
+    np.testing.assert_allclose(engine.run([images])[0], got)  # its own graph is as it was
     timing = engine.timing
     assert (timing.h2d, timing.compute, timing.d2h) == (H2D_MS, COMPUTE_MS, D2H_MS)
     assert timing.total > timing.enqueue > 0

@@ -100,7 +100,7 @@ class Prober:
 
 def undisturbed_ms(latency: Measurement) -> float:
     """Return the median run, for one thread on a CPU that of its processor time: what a busy neighbour leaves alone."""
-    alone = latency.environment["threads"] == 1 and "cuda" not in str(latency.environment["runtime"])
+    alone = latency.environment["threads"] == 1 and str(latency.environment["runtime"]).endswith("-cpu")
     return statistics.median(latency.cpu_samples_ms) if alone and latency.cpu_samples_ms else median_ms(latency)
 
 

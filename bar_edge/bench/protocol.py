@@ -39,6 +39,8 @@ class Measurement(Latency):
     cpu_samples_ms: tuple[float, ...] = ()
     #: p50 and p90 of the parts of a run in ms, where the runtime tells them: h2d, compute, d2h, enqueue, total
     parts_ms: dict[str, Any] | None = None
+    #: median ms of each layer by its name, where they were asked for and the runtime tells
+    layers_ms: dict[str, float] | None = None
     #: error against the outputs that the artifact carries, tolerance, within, n; None for a file without samples
     parity: dict[str, Any] | None = None
     #: whether the time per run had settled when the measuring began
@@ -59,6 +61,8 @@ def bench_onnx(
     on: str = "local",
     expect: Mapping[str, Any] | None = None,
     timeout_s: float | None = None,
+    layers: bool = False,
+    caches: str = "",
 ) -> list[Measurement]:
     """Measure ONNX files (or artifact folders) on random inputs in a process of its own, one record per file.
 
@@ -66,9 +70,10 @@ def bench_onnx(
     in interleaved rounds, so that `compare` may set them against each other.
     precision: of the arithmetic where the file leaves it open; by default an artifact's hint, or fp32. seconds: of
     measuring, per file. on: local, or ssh://[user@]host[:port]. expect: environment of an older measurement that
-    this one must resemble. timeout_s: of everything; default two minutes and thrice the measuring. Raises
-    InputError for a bad file or option, EnvironmentLacks if the device, the runtime or the likeness is missing, or
-    the process dies there.
+    this one must resemble. timeout_s: of everything; default two minutes and thrice the measuring. layers: whether
+    to time TensorRT's layers one by one too. caches: folder of the timing caches that its engines share; on another
+    machine only those of this call do. Raises InputError for a bad file or option, EnvironmentLacks if the device,
+    the runtime or the likeness is missing, or the process dies there.
     """
     models = [_model_file(path) for path in files]
     described = [_describe(model, precision) for model in models]
@@ -81,6 +86,8 @@ def bench_onnx(
         "seconds": seconds,
         "seed": seed,
         "expect": dict(expect) if expect is not None else None,
+        "layers": layers,
+        "caches": caches,
     }
     build_s = _BUILD_SECONDS if runtime in runner.BUILDERS else 0
     limit = timeout_s or 120 + (3 * seconds + build_s) * len(files)
@@ -106,7 +113,7 @@ def measurement(model: Path, found: dict[str, Any], answer: dict[str, Any], on: 
             "model_sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
         },
         conditions=answer["conditions"],
-        **{name: found[name] for name in ("warmup_runs", "warmup_stable", "parity", "parts_ms")},
+        **{name: found[name] for name in ("warmup_runs", "warmup_stable", "parity", "parts_ms", "layers_ms")},
     )
 
 
@@ -297,6 +304,7 @@ def _run_there(target: Target, request: dict[str, Any], described: list[dict[str
     if request["runtime"] == "tensorrt":
         files["build.pyz"] = packed()
     there = []
+    request = {**request, "caches": "caches" if request["caches"] else ""}
     for i, file in enumerate(described):
         moved = dict(file)
         for key, suffix in (("path", "onnx"), ("samples", "safetensors")):

@@ -67,6 +67,8 @@ class Settings(NamedTuple):
     alone: bool
     #: where Python finds the modules of bar-edge that build and run an engine, for TensorRT
     modules: str = ""
+    #: folder of the timing caches that the building of TensorRT's engines shares; empty for none
+    caches: str = ""
 
 
 class Loaded(NamedTuple):
@@ -80,6 +82,8 @@ class Loaded(NamedTuple):
     version: str
     #: of every run, in order: milliseconds by its parts; None where the runtime does not tell
     parts: list[Any] | None = None
+    #: times its layers one by one: inputs -> milliseconds by a layer's name; None where the runtime cannot
+    layers: Callable[[list[Any]], dict[str, float]] | None = None
 
 
 # ---------------------------------------------------------------------------------------- runtimes
@@ -126,12 +130,13 @@ def load_tensorrt(path: Path, name: str, settings: Settings) -> Loaded:
             if not engine_path.is_file():
                 doing("building the engine of", {"name": name})
                 engine_path = Path(scratch) / "model.engine"
-                ours.build(path, engine_path, ours.EngineOptions(batch=(settings.batch,) * 3))
+                options = ours.EngineOptions(batch=(settings.batch,) * 3, timing_caches=settings.caches)
+                ours.build(path, engine_path, options)
             engine = ours.load(engine_path, path)
         inputs = [(str(engine.dtypes[n]), [s if s > 0 else None for s in shape]) for n, shape in engine.inputs.items()]
         parts: list[Any] = []
         version = str(package("tensorrt").__version__)
-        loaded = Loaded(functools.partial(_timed_run, engine, parts), inputs, version, parts)
+        loaded = Loaded(functools.partial(_timed_run, engine, parts), inputs, version, parts, engine.layers_ms)
         loaded.run(random_inputs(loaded, settings.batch, 0))  # says at once whether the engine takes the batch
     except ours.BarEdgeError as error:
         raise Problem(type(error).__name__, error.required, error.got, error.remedy) from error
@@ -269,7 +274,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     runs: list[Callable[[], object]] = []
     for file, precision in zip(files, precisions):
         doing("loading", file)
-        settings = Settings(request["threads"], batch, precision, alone, request.get("modules", ""))
+        folders = request.get("modules", ""), request.get("caches", "")
+        settings = Settings(request["threads"], batch, precision, alone, *folders)
         models.append(RUNTIMES[request["runtime"]](Path(file["path"]), file["name"], settings))
         _check_inputs(models[-1], batch)
     environment = {
@@ -300,6 +306,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     for model, facts, times, cpu_times in zip(models, found, samples, cpu_samples):
         facts["samples_ms"], facts["cpu_samples_ms"] = times, cpu_times
         facts["parts_ms"] = _quantiles(model.parts) if model.parts else None
+        inputs = random_inputs(model, batch, request["seed"])
+        facts["layers_ms"] = model.layers(inputs) if model.layers and request.get("layers") else None
     return {
         "models": found,
         "environment": environment,
