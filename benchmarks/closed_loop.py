@@ -6,6 +6,7 @@ Every model has one dense network and one table; a budget is a share of the dens
 `--compare`: at three budgets BAR is trained for activation volume and for FLOPs as well, with other factors until the
 measured latency is within 3 % of what the latency-trained network has, four times at most. If it is not, the nearest is
 cut as the latency-trained one was: in the order of the scores that its training left, until its measured latency is.
+Both networks are measured in turn: the median ratio of three fresh processes, times what the latency-trained one had.
 Resumable; writes JSON after every run. MODEL may carry arguments: "resnet20 width=0.5". Run folders stay in --work.
 """
 
@@ -17,10 +18,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from bar_edge.closing import correct, in_fresh_processes
+from bar_edge.bench import bench_onnx
+from bar_edge.bench.statistics import median_ms
+from bar_edge.closing import correct
 from bar_edge.config import RunConfig, TrainConfig
 from bar_edge.methods import GateLayout, smallest_cost
-from bar_edge.pipeline import bench, deploy, export_run, profile, prune
+from bar_edge.pipeline import deploy, export_run, profile, prune
 from bar_edge.records import ChannelPlan, read_json, write_json
 from bar_edge.run import Run
 from bar_edge.specs import read_data, read_network
@@ -116,14 +119,16 @@ class Bed:
                 break
             out = self.work / f"{metric}-{factor:g}"
             result = prune(self.config(f"{factor:g}x:{metric}"), out, resume=True)
-            attempts.append({"factor": factor, "ms": self.measured(out), **self.costs(result)})
+            attempts.append({"factor": factor, "ms": self.measured(out, row), **self.costs(result)})
         nearest = _nearest(attempts, aim)
         return attempts if _apart(nearest, aim) <= NEAR else attempts + self.cut(metric, nearest, row)
 
-    def measured(self, out: Path) -> float:
-        """Export a run in the table's form; return its latency in ms, the median of three fresh processes."""
+    def measured(self, out: Path, row: dict[str, Any]) -> float:
+        """Export a run in the table's form; return its latency in ms, measured in turn with the latency-trained one."""
         exported = export_run(out, lowering=self.lowering)
-        return in_fresh_processes(lambda file: bench(Path(file), seconds=self.seconds), exported["artifact"])[1]
+        files = [Path(exported["artifact"]), self.work / f"ms-{row['budget_ms']:g}" / "artifacts" / "onnx-fp32"]
+        pairs = [bench_onnx(files, seconds=self.seconds) for _ in range(3)]
+        return row["achieved"] * sorted(median_ms(own) / median_ms(other) for own, other in pairs)[1]
 
     def cut(self, metric: str, trained: dict[str, Any], row: dict[str, Any]) -> list[dict[str, Any]]:
         """Cut a trained network anew by its scores until the latency is that of the latency-trained one."""
@@ -134,21 +139,12 @@ class Bed:
         (out / "config.toml").unlink()
         run = Run(self.config(f"{row['budget_ms']:g}ms", str(self.table)), out, True, NoProgress())
         plan = ChannelPlan.from_json(read_json(out / "plan.json"))
-        known = [{"by_table": run.layout.cost(plan.kept, "ms"), "ms": trained["ms"]}]
+        limit = run.layout.cost(plan.kept, "ms") * aim / trained["ms"]
         while len(cuts) < CUTS and not any(_apart(one, aim) <= NEAR for one in cuts):
-            slower = min((one for one in known if one["ms"] > aim), key=_ms, default=None)
-            faster = max((one for one in known if one["ms"] <= aim), key=_ms, default=None)
-            if slower and faster:
-                share = (aim - faster["ms"]) / (slower["ms"] - faster["ms"])
-                limit = faster["by_table"] + share * (slower["by_table"] - faster["by_table"])
-            else:
-                nearest = _nearest(known, aim)
-                limit = nearest["by_table"] * aim / nearest["ms"]
             correct(run, limit)
-            result = read_json(out / "result.json")
-            found = {"by_table": result["budget"]["achieved"], "ms": self.measured(out)}
-            known.append(found)
-            cuts.append({"factor": trained["factor"], "cut": True, **found, **self.costs(result)})
+            found = {"factor": trained["factor"], "cut": True, "limit": limit, "ms": self.measured(out, row)}
+            cuts.append({**found, **self.costs(read_json(out / "result.json"))})
+            limit *= aim / found["ms"]
         return cuts
 
 
@@ -157,14 +153,9 @@ def _factor(attempt: dict[str, Any]) -> float:
     return factor
 
 
-def _ms(attempt: dict[str, Any]) -> float:
-    ms: float = attempt["ms"]
-    return ms
-
-
 def _apart(attempt: dict[str, Any], aim: float) -> float:
     """Return how far a latency is from another, as a share."""
-    return abs(_ms(attempt) / aim - 1)
+    return abs(float(attempt["ms"]) / aim - 1)
 
 
 def _nearest(attempts: list[dict[str, Any]], aim: float) -> dict[str, Any]:

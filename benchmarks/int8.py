@@ -78,11 +78,14 @@ IMAGES, MORE_IMAGES, MAX_DROP, SEED = 500, 5000, 0.5, 0
 SPEED = ("wrn-28-12", "wrn-16-4", "resnet56")
 #: runtime -> forms whose FP32 and INT8 files are measured alone
 PAIRS = {
-    "onnxruntime-cpu": ("regular", "slices", "slices:16", "pointwise:16"),
+    "onnxruntime-cpu": ("regular", "slices", "gather", "gather:4", "pointwise:16", "deferred:4", "deferred:16"),
     "openvino-cpu": ("regular", "regular:16", "zero-filled:32"),
 }
 FACTORS = (4, 16)
-FORMS = ("slices:4", "gather:4", "pointwise:16", "slices:16", "zero-filled:32", "regular:16", "regular")
+FORMS = (
+    *("slices:4", "gather:4", "pointwise:16", "slices:16", "deferred:4", "deferred:16"),
+    *("zero-filled:32", "regular:16", "regular"),
+)
 #: runtime -> what it shall compute in where the file leaves it open
 RUNTIMES = {"onnxruntime-cpu": ("fp32",), "openvino-cpu": ("fp32", "bf16")}
 PRECISIONS = ("fp32", "bf16", "int8")
