@@ -92,7 +92,7 @@ def choose_lowering(
         trial = _Trial(network, dense, Path(folder), preprocessing, convert)
         # what a file of integers computes in is in the file
         trial.options = {"runtime": runtime, "threads": threads, "precision": precision if convert is None else "fp32"}
-        progress.phase("lowering", 1, len(candidates) + streams)
+        progress.phase("lowering", 1, 2 * len(candidates) if streams > 1 else len(candidates))
         files: list[str] = []
         for i, candidate in enumerate([*candidates, REGULAR] if streams else candidates):
             if candidate not in files and (i < 1 or candidate == REGULAR or _left(start, seconds) > 1 - WHOLE):
@@ -102,18 +102,18 @@ def choose_lowering(
         tried = trial.measure(files)
         order = sorted(tried, key=tried.__getitem__)
         best = order[0]
-        for i in range(streams if streams > 1 else 0):
-            for other in order[1:3]:
+        for other in order[1:] if streams > 1 else ():
+            for i in range(streams):
                 forms = best.split(",") if "," in best else [best] * streams
                 forms[i] = other
                 text = ",".join(forms)
-                if _left(start, seconds) > 0 and text not in tried:
+                if _left(start, seconds) > 0 and text not in tried and len(set(forms)) > 1:
                     trial.export(text)
                     pair = trial.bench([best, text])
                     comparison = compare(pair[1], pair[0])
                     tried[text] = tried[best] / comparison.speedup
                     best = text if comparison.low > 1 else best
-            progress.step({"phase": "lowering", "epoch": 1, "step": len(candidates) + i + 1})
+            progress.step({"phase": "lowering", "epoch": 1, "step": len(candidates) + order.index(other)})
         regular = REGULAR if streams else "slices"
         trial.export(regular)
         trial.export(DENSE)
