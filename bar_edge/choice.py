@@ -38,7 +38,15 @@ CANDIDATES = {
         "slices:16",
         "regular",
     ),
-    ("openvino-cpu", "bf16"): ("pointwise:16", "slices:16", "zero-filled:16", "regular:16", "pointwise:32", "regular"),
+    ("openvino-cpu", "bf16"): (
+        "pointwise:16",
+        "zero-filled:32",
+        "slices:16",
+        "zero-filled:16",
+        "regular:16",
+        "pointwise:32",
+        "regular",
+    ),
 }
 #: for a runtime that is not among them
 ELSEWHERE = ("gather:4", "pointwise:16", "slices", "regular:16", "regular")
@@ -92,7 +100,7 @@ def choose_lowering(
         trial = _Trial(network, dense, Path(folder), preprocessing, convert)
         # what a file of integers computes in is in the file
         trial.options = {"runtime": runtime, "threads": threads, "precision": precision if convert is None else "fp32"}
-        progress.phase("lowering", 1, 2 * len(candidates) if streams > 1 else len(candidates))
+        progress.phase("lowering", 1, 2 * len(candidates) - 1 if streams > 1 else len(candidates))
         files: list[str] = []
         for i, candidate in enumerate([*candidates, REGULAR] if streams else candidates):
             if candidate not in files and (i < 1 or candidate == REGULAR or _left(start, seconds) > 1 - WHOLE):
@@ -103,6 +111,8 @@ def choose_lowering(
         order = sorted(tried, key=tried.__getitem__)
         best = order[0]
         for other in order[1:] if streams > 1 else ():
+            if _left(start, seconds) <= 0:
+                break
             for i in range(streams):
                 forms = best.split(",") if "," in best else [best] * streams
                 forms[i] = other

@@ -171,7 +171,8 @@ def _engine_prices(
 
     def read(files: list[Path], found: list[Measurement]) -> None:
         for file, measured in zip(files, found, strict=True):
-            own, rest = layer_samples(file, measured.layers_ms or {})
+            assert measured.layers_ms is not None
+            own, rest = layer_samples(file, measured.layers_ms, largest)
             samples.extend(own)
             rests.append(rest)
 

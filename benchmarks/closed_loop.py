@@ -144,7 +144,7 @@ class Bed:
             correct(run, limit)
             found = {"factor": trained["factor"], "cut": True, "limit": limit, "ms": self.measured(out, row)}
             cuts.append({**found, **self.costs(read_json(out / "result.json"))})
-            limit *= aim / found["ms"]
+            limit = min(max(limit * aim / found["ms"], self.least_ms), self.full_ms)
         return cuts
 
 
@@ -175,7 +175,10 @@ def report(results: dict[str, Any]) -> str:
     met = sum(row["used"] <= 1 for _, row in rows)
     lines.append(f"\nWithin budget: {met} of {len(rows)}; of those at least .9 used: "
                  f"{sum(0.9 <= row['used'] <= 1 for _, row in rows)}.\n")  # fmt: skip
-    lines += ["| network | trained for | ms | metric | volume | FLOPs | trainings |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        "| network | trained for | ms | metric | volume | FLOPs | trainings and cuts |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for model, found in results["models"].items():
         for one in found["compared"]:
             latency = next(row for row in found["budgets"] if row["budget_ms"] == one["budget_ms"])

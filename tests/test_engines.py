@@ -28,7 +28,7 @@ def onnx_file(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     shapes = {"w1": (6, 4, 3, 3), "w10": (8, 6, 3, 3), "depth": (8, 1, 3, 3), "fc": (5, 8)}
     arrays = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
-    arrays["moves"] = np.eye(8, dtype=np.float32)[:, :, None, None]
+    arrays["moves"] = (np.arange(1, 9) * np.eye(8))[:, :, None, None].astype(np.float32)  # and scales
     nodes = [
         helper.make_node("Conv", ["input", "w1"], ["a"], name="conv_1", pads=[1] * 4),
         helper.make_node("Relu", ["a"], ["b"], name="relu_1"),
@@ -60,14 +60,17 @@ def test_a_layer_goes_to_the_operations_that_are_fused_in_it(onnx_file: Path) ->
         "pool": 0.125,
         "linear": 0.75,
     }
-    samples, rest = layer_samples(onnx_file, layers)
     depth, linear = Kind(op="depthwise", kernel=(3, 3), shape=(4, 4)), Kind(op="linear")
+    samples, rest = layer_samples(onnx_file, layers, (first, second, depth, linear))
     expected = [(first, (4, 6), 3.0), (second, (6, 8), 2.0), (depth, (8,), 1.0), (linear, (8, 5), 0.75)]
     assert samples == [Sample(*one) for one in expected]
     assert rest == 0.5 + 0.25 + 0.125
     # one layer of two operations is shared out by their multiplications: 4 x 6 and 6 x 8 channels on 64 and 16 pixels
-    samples, rest = layer_samples(onnx_file, {"{ForeignNode[conv_1...conv_10]}": 3.0})
+    samples, rest = layer_samples(onnx_file, {"{ForeignNode[conv_1...conv_10]}": 3.0}, (first, second))
     assert [sample.ms for sample in samples] == pytest.approx([2.0, 1.0]) and rest == 0
+    # what the table does not price is part of the rest
+    samples, rest = layer_samples(onnx_file, layers, (first,))
+    assert [sample.ms for sample in samples] == [3.0] and rest == 0.5 + 0.25 + 0.125 + 2.0 + 1.0 + 0.75
 
 
 def law(n_in: int, n_out: int) -> float:
@@ -87,6 +90,7 @@ def test_prices_come_back_from_scattered_samples() -> None:
     noise = rng.normal(1, 0.03, 400)
     points = [(int(a), int(b)) for a, b in rng.integers(8, 65, (400, 2))]
     samples = [Sample(KIND, (a, b), law(a, b) * n) for (a, b), n in zip(points, noise, strict=True)]
+    samples.append(Sample(KIND, (8, 8), 0.0))  # of a layer that another one has swallowed
     prices = fitted_prices(samples, {KIND: (64, 64), Kind(op="linear"): (64, 10)})
     assert set(prices) == {str(KIND)}  # of what was not sampled nothing is said
     table = LatencyTable(lowering="slices", rounding=1, step=1, prices=prices)

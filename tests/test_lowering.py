@@ -184,6 +184,38 @@ def test_deferred_sums_in_the_convolution_that_a_norm_becomes(monkeypatch: pytes
     assert difference(sliced.eval()(images).detach(), made(images)) < FLOAT64
 
 
+@pytest.mark.parametrize("form", ["slices:4", "gather:4", "deferred:4", "pointwise:4", "blocks:4", "regular:4"])
+def test_an_activation_with_one_weight_stays_as_it_is(form: str) -> None:
+    def joined(s: Any, x: Tensor) -> Tensor:
+        x = s.shared(x)
+        return x + s.a(x)
+
+    net = Net(joined)
+    net.shared = nn.PReLU()
+    network = trace(randomise(net.double().eval()), torch.zeros(1, 3, 8, 8).double())
+    kept = {"stem": (0, 1, 2, 3), "a": (2, 3, 4, 5)}  # of which one is full as it is
+    sliced = slice_network(network, ChannelPlan(network=network.fingerprint, kept=kept)).eval()
+    images = contrasting(3, 3, 8, 8)
+    assert difference(sliced(images).detach(), lower(sliced, form)(images)) < FLOAT64
+
+
+@pytest.mark.parametrize("form", ["slices:2", "slices:3", "pad:3", "gather:3", "deferred:3"])
+def test_a_sum_of_sums_may_have_channels_that_neither_has(form: str) -> None:
+    def crossed(s: Any, x: Tensor) -> Tensor:
+        left, right = x + s.a(x), x + s.b(x)
+        return left + right + left
+
+    net = Net(crossed)
+    network = trace(randomise(net.double().eval()), torch.zeros(1, 3, 8, 8).double())
+    images, before = contrasting(3, 3, 8, 8), 0
+    for seed in range(12):
+        kept = {name: ids for name, ids in random_kept(net, 0.5, seed).items() if name in ("stem", "a", "b")}
+        sliced = slice_network(network, ChannelPlan(network=network.fingerprint, kept=kept)).eval()
+        before += any(isinstance(m, MixedAdd) for m in sliced.modules())
+        assert difference(sliced(images).detach(), lower(sliced, form)(images)) < FLOAT64, seed
+    assert before > 6
+
+
 def test_blocks_add_where_they_write_and_join_where_they_are_read() -> None:
     _, sliced, _ = sliced_network("wrn-16-1", removed=0.7)
     called = targets(lower(sliced, "blocks:2"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,14 @@ class Sample:
     ms: float
 
 
-def layer_samples(model: Path, layers_ms: Mapping[str, float]) -> tuple[list[Sample], float]:
-    """Return what the operations of a file took in its engine, and the ms of all other layers together.
+def layer_samples(model: Path, layers_ms: Mapping[str, float], kinds: Collection[Kind]) -> tuple[list[Sample], float]:
+    """Return what the operations of these kinds took in a file's engine, and the ms of all other layers together.
 
     A layer of TensorRT is named after the nodes that are fused in it; one with several operations is shared out by
-    their multiplications. What only puts channels in their places, by weights of zeros and ones, is no operation.
+    their multiplications. What only puts channels in their places or sums them (a convolution in which every input
+    goes to one output) is no operation.
     """
-    known = _operations(model)
+    known = {name: operation for name, operation in _operations(model).items() if operation[0] in kinds}
     samples, rest = list[Sample](), 0.0
     for layer, ms in layers_ms.items():
         copies = layer.startswith("Reformatting")
@@ -54,7 +55,7 @@ def fitted_prices(samples: Sequence[Sample], largest: Mapping[Kind, tuple[int, .
     """
     found = {}
     for kind, widths in largest.items():
-        own = [sample for sample in samples if sample.kind == kind]
+        own = [sample for sample in samples if sample.kind == kind and sample.ms > 0]
         if own:
             axes = tuple((0, *knots(n, kind.groups)) for n in widths)
             found[str(kind)] = Prices(widths=axes, ms=tuple(round(float(v), 7) for v in _grid(own, axes).ravel()))
@@ -97,9 +98,10 @@ def _operations(model: Path) -> dict[str, tuple[Kind, tuple[int, ...], int]]:
     shapes = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in values}
     found: dict[str, tuple[Kind, tuple[int, ...], int]] = {}
     for node in proto.graph.node:
-        if node.op_type in HEAVY and node.input[1] in weights:
+        if node.name and node.op_type in HEAVY and node.input[1] in weights:
             weight = numpy_helper.to_array(weights[node.input[1]])
-            if set(np.unique(weight)) - {0.0, 1.0}:
+            moves = len(weight) > 1 and np.count_nonzero(weight, axis=0).max() <= 1
+            if not moves:
                 attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
                 kind, widths = _described(node.op_type, weight.shape, shapes[node.input[0]], attributes)
                 pixels = int(np.prod(shapes[node.output[0]][2:]))

@@ -136,7 +136,8 @@ def load_tensorrt(path: Path, name: str, settings: Settings) -> Loaded:
         inputs = [(str(engine.dtypes[n]), [s if s > 0 else None for s in shape]) for n, shape in engine.inputs.items()]
         parts: list[Any] = []
         version = str(package("tensorrt").__version__)
-        loaded = Loaded(functools.partial(_timed_run, engine, parts), inputs, version, parts, engine.layers_ms)
+        layers = functools.partial(_layer_times, ours, engine)
+        loaded = Loaded(functools.partial(_timed_run, engine, parts), inputs, version, parts, layers)
         loaded.run(random_inputs(loaded, settings.batch, 0))  # says at once whether the engine takes the batch
     except ours.BarEdgeError as error:
         raise Problem(type(error).__name__, error.required, error.got, error.remedy) from error
@@ -147,6 +148,13 @@ def _timed_run(engine: Any, parts: list[Any], arrays: list[Any]) -> Sequence[Any
     outputs: Sequence[Any] = engine.run(arrays)
     parts.append(engine.timing)
     return outputs
+
+
+def _layer_times(ours: Any, engine: Any, arrays: list[Any]) -> dict[str, float]:
+    try:
+        return dict(engine.layers_ms(arrays))
+    except ours.BarEdgeError as error:
+        raise Problem(type(error).__name__, error.required, error.got, error.remedy) from error
 
 
 def load_openvino_cpu(path: Path, name: str, settings: Settings) -> Loaded:
@@ -306,8 +314,11 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     for model, facts, times, cpu_times in zip(models, found, samples, cpu_samples):
         facts["samples_ms"], facts["cpu_samples_ms"] = times, cpu_times
         facts["parts_ms"] = _quantiles(model.parts) if model.parts else None
-        inputs = random_inputs(model, batch, request["seed"])
-        facts["layers_ms"] = model.layers(inputs) if model.layers and request.get("layers") else None
+        facts["layers_ms"] = None
+    for file, model, facts in zip(files, models, found):
+        if request.get("layers") and model.layers:
+            doing("timing the layers of", file)
+            facts["layers_ms"] = model.layers(random_inputs(model, batch, request["seed"]))
     return {
         "models": found,
         "environment": environment,

@@ -192,7 +192,7 @@ class _Lowerer:
         a, b = (self._live(n) for n in operands(node))
         kind = self.form[node].kind if node in self.form else "slices"
         if kind == "slices" or set(module.positions_a) != set(range(len(module.positions_a))):
-            self.made[node] = self._slices(module, a, b)
+            self.made[node] = self._slices(node, module, a, b)
             return
         a, _ = self._sorted(a, module.positions_a)  # the stream so far, a prefix
         if kind == "pointwise" and len(self.network.shapes[node.name]) in CONVOLUTIONS:
@@ -330,12 +330,12 @@ class _Lowerer:
         rank = len(self.network.shapes[next(n.name for n, m in self.made.items() if m is x)])
         return self._scattered(x, rank, module.axis, module.width, module.positions)
 
-    def _slices(self, module: MixedAdd, a: fx.Node, b: fx.Node) -> fx.Node:
+    def _slices(self, node: fx.Node, module: MixedAdd, a: fx.Node, b: fx.Node) -> fx.Node:
         a, positions_a = self._sorted(a, module.positions_a)
         b, positions_b = self._sorted(b, module.positions_b)
         in_a, in_b = set(positions_a), set(positions_b)
-        parts, start = [], 0
-        done_a = done_b = 0
+        parts: list[fx.Node] = []
+        start = done_a = done_b = gap = 0  # gap: channels that neither has, zeros
         while start < module.width:
             kind, end = (start in in_a, start in in_b), start
             while end < module.width and (end in in_a, end in in_b) == kind:
@@ -347,8 +347,11 @@ class _Lowerer:
             if kind[1]:
                 pieces.append(self._slice(b, done_b, done_b + n, len(positions_b)))
                 done_b += n
-            parts.append(pieces[0] if len(pieces) == 1 else self.graph.call_function(aten.add.Tensor, tuple(pieces)))
-            start = end
+            if pieces:
+                part = pieces[0] if len(pieces) == 1 else self.graph.call_function(aten.add.Tensor, tuple(pieces))
+                parts.append(self._padded(part, node, gap, 0))
+            gap, start = 0 if pieces else n, end
+        parts[-1] = self._padded(parts[-1], node, 0, gap)
         return parts[0] if len(parts) == 1 else self.graph.call_function(aten.cat.default, (parts, 1))
 
     def _sorted(self, x: fx.Node, positions: tuple[int, ...]) -> tuple[fx.Node, tuple[int, ...]]:

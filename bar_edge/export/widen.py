@@ -130,7 +130,7 @@ def _wide_reader(module: nn.Module, out: Placement | None, source: Placement | N
 
 def _wide_alone(module: nn.Module, place: Placement | None) -> nn.Module:
     new = copy.deepcopy(module)
-    if place is None:
+    if place is None or place.is_whole:
         return new
     tensors: list[tuple[str, Any]] = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in tensors:
