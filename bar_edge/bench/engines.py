@@ -119,7 +119,6 @@ def _described(
     groups = int(attributes.get("group", 1))
     depthwise = operator == "Conv" and groups > 1 and weight[1] == 1
     transposed = operator == "ConvTranspose"
-    inputs = data[1]
     kind = Kind(
         op="depthwise" if depthwise else "transposed" if transposed else "conv",
         kernel=weight[2:],
@@ -128,4 +127,4 @@ def _described(
         groups=1 if depthwise else groups,
         shape=data[2:],
     )
-    return kind, (inputs,) if depthwise else (inputs, weight[1] * groups if transposed else weight[0])
+    return kind, (data[1],) if depthwise else (data[1], weight[1] * groups if transposed else weight[0])

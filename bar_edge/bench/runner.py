@@ -140,7 +140,7 @@ def load_tensorrt(path: Path, name: str, settings: Settings) -> Loaded:
         loaded = Loaded(functools.partial(_timed_run, engine, parts), inputs, version, parts, layers)
         loaded.run(random_inputs(loaded, settings.batch, 0))  # says at once whether the engine takes the batch
     except ours.BarEdgeError as error:
-        raise Problem(type(error).__name__, error.required, error.got, error.remedy) from error
+        raise _told(error) from error
     return loaded
 
 
@@ -150,11 +150,16 @@ def _timed_run(engine: Any, parts: list[Any], arrays: list[Any]) -> Sequence[Any
     return outputs
 
 
+def _told(error: Any) -> Problem:
+    """Return one of bar_edge's errors as an answer."""
+    return Problem(type(error).__name__, error.required, error.got, error.remedy)
+
+
 def _layer_times(ours: Any, engine: Any, arrays: list[Any]) -> dict[str, float]:
     try:
         return dict(engine.layers_ms(arrays))
     except ours.BarEdgeError as error:
-        raise Problem(type(error).__name__, error.required, error.got, error.remedy) from error
+        raise _told(error) from error
 
 
 def load_openvino_cpu(path: Path, name: str, settings: Settings) -> Loaded:
