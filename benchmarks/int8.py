@@ -59,15 +59,16 @@ from bar_edge_calibration.quantize import Promise, quantize
 from bar_edge_calibration.recipe import load_recipe, recipes
 
 RESULTS = Path(__file__).resolve().parent / "results"
-#: what `train` adds: network -> what it starts from (a model of the zoo or a trained network), factor, steps
+#: networks that results/cifar10 lacks: network -> what it starts from (a model of the zoo or a trained network), factor,
+#: steps of training
 SHORT = {
     "resnet20_uneven16_s0": ("resnet20_dense_s0", 16, 1500),
-    "wrn-10-2_uneven16_s0": ("wrn-10-2_dense_s0", 16, 1500),
-    "mobilenetv2-half_dense_s0": ("mobilenetv2", 1, 300),
-    "mobilenetv2-half_uneven4_s0": ("mobilenetv2-half_dense_s0", 4, 300),
     "wrn-10-2_uneven2_s0": ("wrn-10-2_dense_s0", 2, 300),
-    "mobilenetv2-half_uneven2_s0": ("mobilenetv2-half_dense_s0", 2, 300),
-    "mobilenetv2-half_uneven16_s0": ("mobilenetv2-half_dense_s0", 16, 300),
+    "wrn-10-2_uneven16_s0": ("wrn-10-2_dense_s0", 16, 1500),
+    "mobilenetv2_dense_s0": ("mobilenetv2", 1, 600),
+    "mobilenetv2_uneven2_s0": ("mobilenetv2_dense_s0", 2, 300),
+    "mobilenetv2_uneven4_s0": ("mobilenetv2_dense_s0", 4, 300),
+    "mobilenetv2_uneven16_s0": ("mobilenetv2_dense_s0", 16, 300),
 }
 BATCH, PEAK_LR = 64, 3e-3
 TRAINED = ("resnet20_bar4_s0", "wrn-10-2_bar4_s0", "resnet20_dense_s0", "resnet20_bar2_s0", "wrn-10-2_dense_s0", *SHORT)
@@ -84,7 +85,7 @@ PAIRS = {
 FACTORS = (4, 16)
 FORMS = (
     *("slices:4", "gather:4", "pointwise:16", "slices:16", "deferred:4", "deferred:16"),
-    *("zero-filled:32", "regular:16", "regular"),
+    *("deferred:4,gather:4,gather:4", "zero-filled:32", "regular:16", "regular"),
 )
 #: runtime -> what it shall compute in where the file leaves it open
 RUNTIMES = {"onnxruntime-cpu": ("fp32",), "openvino-cpu": ("fp32", "bf16")}
@@ -96,25 +97,25 @@ INT8 = {"onnxruntime-cpu": ("onnxruntime-cpu", "onnxruntime-amx"), "openvino-cpu
 # ------------------------------------------------------------------------------------------ train
 
 
-def trained(name: str) -> Path:
-    """Return the folder of a trained network."""
-    kept = RESULTS / "cifar10" / name / "network"
-    return kept if kept.is_dir() else RESULTS / "int8" / name / "network"
+def trained(name: str, folder: Path) -> Path:
+    """Return the folder of a trained network: among the results, or where `train` puts it."""
+    kept = [RESULTS / part / name / "network" for part in ("cifar10", "int8")]
+    return next((path for path in kept if path.is_dir()), folder / name / "network")
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train the networks of SHORT that are not there yet: AdamW, one cycle, bf16, one thread."""
+    """Train the networks of SHORT that are not there yet, into the folder: AdamW, one cycle, bf16, one thread."""
     torch.set_num_threads(1)
     data = load_data(str(options.data))
     for name, (origin, factor, steps) in SHORT.items():
-        if trained(name).is_dir():
+        if trained(name, options.files).is_dir():
             continue
         torch.manual_seed(SEED)
         if origin in ZOO:
-            module = build(origin, input_shape=data.input_shape, classes=10, model_args=("width=0.5",))
+            module = build(origin, input_shape=data.input_shape, classes=10)
             network = trace(module.eval(), torch.zeros(2, *data.input_shape))
         else:
-            network = Network.load(trained(origin))
+            network = Network.load(trained(origin, options.files))
         network = slice_network(network, uneven_plan(network, factor, SEED)) if factor > 1 else network
         optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_LR, weight_decay=5e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps)
@@ -127,7 +128,7 @@ def train(options: argparse.Namespace) -> None:
             loss.backward()
             optimizer.step()
             schedule.step()
-        network.eval().save(RESULTS / "int8" / name / "network")
+        network.eval().save(options.files / name / "network")
         print(f"{name}: {loss.item():.2f}", file=sys.stderr, flush=True)
 
 
@@ -197,7 +198,7 @@ def trained_file(name: str, folder: Path) -> Path:
     """Export a trained network unless it is there."""
     path = folder / f"{name}.onnx"
     if not path.is_file():
-        network = Network.load(trained(name)).eval()
+        network = Network.load(trained(name, folder)).eval()
         export_onnx(lower(network, "slices"), network.input_shapes, path)
     return path
 
