@@ -59,8 +59,7 @@ from bar_edge_calibration.quantize import Promise, quantize
 from bar_edge_calibration.recipe import load_recipe, recipes
 
 RESULTS = Path(__file__).resolve().parent / "results"
-#: networks that results/cifar10 lacks: network -> what it starts from (a model of the zoo or a trained network), factor,
-#: steps of training
+#: networks that results/cifar10 lacks -> what each starts from (a model of the zoo or a trained network), factor, steps
 SHORT = {
     "resnet20_uneven16_s0": ("resnet20_dense_s0", 16, 1500),
     "wrn-10-2_uneven2_s0": ("wrn-10-2_dense_s0", 2, 300),
