@@ -8,8 +8,8 @@
     python benchmarks/int8.py --files FOLDER pairs [--seconds 3]
     python benchmarks/int8.py --files FOLDER memory [--images 64 256]
 
-train: the networks that results/cifar10 lacks, for a few hundred steps; pruned by the masks of masks.py.
-accuracy: the networks in results/cifar10 and those, calibrated on 500 training images, chosen for at most .5 points on
+train: the networks that results/cifar10 and results/int8 lack, for a few hundred steps; pruned by the masks of masks.py.
+accuracy: the networks there and those, calibrated on 500 training images, chosen for at most .5 points on
 5,000 held-out training images; the test split is read once, by FP32, by onnxruntime's static MinMax recipe and
 by ours, and McNemar's exact test compares the last two. check: of the
 same networks, what runs in float between INT8 convolutions of ONNX Runtime (nothing), and what TensorRT's checker
@@ -89,7 +89,7 @@ FORMS = (
 #: runtime -> what it shall compute in where the file leaves it open
 RUNTIMES = {"onnxruntime-cpu": ("fp32",), "openvino-cpu": ("fp32", "bf16")}
 PRECISIONS = ("fp32", "bf16", "int8")
-#: runtime -> INT8 recipes whose pairs are measured; the last one is the faster here, on a CPU with AMX
+#: runtime -> INT8 recipes whose pairs are measured; the last one is the faster here with one thread, on a CPU with AMX
 INT8 = {"onnxruntime-cpu": ("onnxruntime-cpu", "onnxruntime-amx"), "openvino-cpu": ("openvino-cpu",)}
 
 

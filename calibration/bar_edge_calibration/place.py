@@ -181,8 +181,8 @@ class _Placer:
         """Give a layer integer weights, and the bias that goes with them."""
         graph, weight, bias = self.graph, self.graph.array(node.input[1]), self.graph.bias(node)
         out_axis, _ = channel_axes(node, weight)
-        large = weight.size >= LARGE * (2 if weight[0, 0].size == 1 else 1)
-        large = large and node.op_type == "Conv" and attribute(node, "group", 1) == 1
+        least = LARGE if weight[0, 0].size > 1 else 2 * LARGE
+        large = node.op_type == "Conv" and attribute(node, "group", 1) == 1 and weight.size >= least
         zero_point = int(large and self.recipe.weights == "shifted")
         highest = np.float32(127 - zero_point)
         if node.op_type == "ConvTranspose" and attribute(node, "group", 1) > 1:
