@@ -8,7 +8,7 @@
     python benchmarks/int8.py --files FOLDER pairs [--seconds 3]
     python benchmarks/int8.py --files FOLDER memory [--images 64 256]
 
-train: the networks that results/cifar10 and results/int8 lack, for a few hundred steps; pruned by the masks of masks.py.
+train: the networks that results/cifar10 and results/int8 lack, a few hundred steps; pruned by the masks of masks.py.
 accuracy: the networks there and those, calibrated on 500 training images, chosen for at most .5 points on
 5,000 held-out training images; the test split is read once, by FP32, by onnxruntime's static MinMax recipe and
 by ours, and McNemar's exact test compares the last two. check: of the
