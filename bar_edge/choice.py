@@ -13,6 +13,8 @@ from bar_edge.bench import bench_onnx, compare
 from bar_edge.bench.statistics import median_ms
 from bar_edge.export.lowering import count_streams, lower
 from bar_edge.export.onnx import Preprocessing, export_onnx
+from bar_edge.export.packing import Packing
+from bar_edge.export.placement import Form
 from bar_edge.network import Network
 from bar_edge.training import NoProgress, Progress
 
@@ -47,6 +49,13 @@ CANDIDATES = {
         "pointwise:32",
         "regular",
     ),
+}
+#: (runtime, precision) -> packings worth a try; elsewhere few channels cost less than what packing adds
+PACKINGS: dict[tuple[str, str], tuple[Packing, ...]] = {
+    ("onnxruntime-cpu", "int8"): ((2, 2), (1, 2)),
+    ("openvino-cpu", "int8"): ((2, 2),),
+    ("openvino-cpu", "bf16"): ((2, 2),),
+    ("openvino-cpu", "fp32"): ((2, 2),),
 }
 #: for a runtime that is not among them
 ELSEWHERE = ("gather:4", "pointwise:16", "slices", "regular:16", "regular")
@@ -87,7 +96,8 @@ def choose_lowering(
 ) -> Choice:
     """Measure whole-network candidates, then change the form stream by stream as long as that helps and time is left.
 
-    The winner is measured anew in a fresh process, in turn with the regular form and the dense network: the
+    First how a stream's pixels are packed, beginning with the first streams, which are the narrowest, then the form
+    itself. The winner is measured anew in a fresh process, in turn with the regular form and the dense network: the
     faster of the two forms is chosen. seconds: for all but that last measurement. convert: what turns a file in
     float32 into one of the precision, in place, good enough to measure its speed. The same choice can be exported
     again by its text. Raises what `bench_onnx` and `export_onnx` raise.
@@ -97,10 +107,12 @@ def choose_lowering(
     known: tuple[str, ...] = CANDIDATES.get((runtime, precision), ELSEWHERE)
     candidates = [c for c in known if streams or c.startswith("slices")]
     with tempfile.TemporaryDirectory() as folder:
-        trial = _Trial(network, dense, Path(folder), preprocessing, convert)
+        trial = _Trial(network, dense, streams, Path(folder), preprocessing, convert)
         # what a file of integers computes in is in the file
         trial.options = {"runtime": runtime, "threads": threads, "precision": precision if convert is None else "fp32"}
-        progress.phase("lowering", 1, 2 * len(candidates) - 1 if streams > 1 else len(candidates))
+        packings = PACKINGS.get((runtime, precision), ()) if streams else ()
+        others = len(candidates) - 1 if streams > 1 else 0
+        progress.phase("lowering", 1, len(candidates) + len(packings) + others)
         files: list[str] = []
         for i, candidate in enumerate([*candidates, REGULAR] if streams else candidates):
             if candidate not in files and (i < 1 or candidate == REGULAR or _left(start, seconds) > 1 - WHOLE):
@@ -110,20 +122,19 @@ def choose_lowering(
         tried = trial.measure(files)
         order = sorted(tried, key=tried.__getitem__)
         best = order[0]
-        for other in order[1:] if streams > 1 else ():
-            if _left(start, seconds) <= 0:
-                break
+        for done, packing in enumerate(packings, len(candidates) + 1):
             for i in range(streams):
-                forms = best.split(",") if "," in best else [best] * streams
-                forms[i] = other
-                text = ",".join(forms)
-                if _left(start, seconds) > 0 and text not in tried and len(set(forms)) > 1:
-                    trial.export(text)
-                    pair = trial.bench([best, text])
-                    comparison = compare(pair[1], pair[0])
-                    tried[text] = tried[best] / comparison.speedup
-                    best = text if comparison.low > 1 else best
-            progress.step({"phase": "lowering", "epoch": 1, "step": len(candidates) + order.index(other)})
+                before = best
+                if _left(start, seconds) > 0:
+                    best = trial.changed(tried, best, i, packing=packing)
+                if best == before:
+                    break  # the next streams are wider
+            progress.step({"phase": "lowering", "epoch": 1, "step": done})
+        for done, other in enumerate(order[1 : others + 1], len(candidates) + len(packings) + 1):
+            for i in range(streams):
+                if _left(start, seconds) > 0:
+                    best = trial.changed(tried, best, i, form=other)
+            progress.step({"phase": "lowering", "epoch": 1, "step": done})
         regular = REGULAR if streams else "slices"
         trial.export(regular)
         trial.export(DENSE)
@@ -151,6 +162,7 @@ def choose_lowering(
 class _Trial:
     network: Network
     dense: Network
+    streams: int
     folder: Path
     preprocessing: Preprocessing | None
     convert: Callable[[Path], None] | None
@@ -166,6 +178,29 @@ class _Trial:
             export_onnx(form, form.input_shapes, file, preprocessing=self.preprocessing)
             if self.convert is not None:
                 self.convert(file)
+
+    def changed(
+        self,
+        tried: dict[str, float],
+        best: str,
+        stream: int,
+        *,
+        form: str | None = None,
+        packing: Packing | None = None,
+    ) -> str:
+        """Return the faster one of a lowering and the same with another form or packing of one of its streams."""
+        forms = [Form.parse(text) for text in best.split(",")]
+        forms = forms if len(forms) > 1 else forms * self.streams
+        old, new = forms[stream], Form.parse(form) if form else forms[stream]
+        forms[stream] = dataclasses.replace(new, packing=packing or old.packing)
+        text = ",".join(map(str, forms if len({*forms}) > 1 else forms[:1]))
+        if text in tried:
+            return best
+        self.export(text)
+        pair = self.bench([best, text])
+        comparison = compare(pair[1], pair[0])
+        tried[text] = tried[best] / comparison.speedup
+        return text if comparison.low > 1 else best
 
     def bench(self, lowerings: list[str], seconds: float = CHOOSE_S) -> list[Any]:
         return bench_onnx([self.file(text) for text in lowerings], seconds=seconds, **self.options)

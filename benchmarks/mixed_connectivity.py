@@ -41,8 +41,6 @@ from bar_edge.targets import faster_recipe, for_speed
 from benchmarks.masks import CELLS, uneven_plan
 
 HERE = Path(__file__).parent / "results"
-RESULTS = HERE / "mixed_connectivity.json"
-LOW = HERE / "mixed_connectivity_low.json"
 OTHERS = ("regular", "paper", "scatter")
 #: learned plans of the CIFAR-10 runs: folder -> dense network's folder
 LEARNED = {
@@ -234,12 +232,12 @@ def profile(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def low_precision(seeds: range = range(3)) -> str:
+def low_precision(results: Path, seeds: range = range(3)) -> str:
     """Return what `--lowering auto` makes of wrn-28-12 at 4x and 16x in bf16 and INT8, as Markdown.
 
     INT8 is calibrated on noise, for speed. Resumable; what was measured lies in the results.
     """
-    rows: list[dict[str, Any]] = read_json(LOW)["rows"] if LOW.is_file() else []
+    rows: list[dict[str, Any]] = read_json(results)["rows"] if results.is_file() else []
     for seed in seeds:
         for factor in (4, 16):
             for runtime, precision in CANDIDATES:
@@ -258,7 +256,7 @@ def low_precision(seeds: range = range(3)) -> str:
                     sliced, dense, runtime=runtime, precision=precision, seconds=LOW_S, convert=convert
                 )
                 rows.append({**key, "recipe": recipe.name if recipe else None, **dataclasses.asdict(found)})
-                write_json(LOW, {"rows": rows, "versions": versions()})
+                write_json(results, {"rows": rows, "versions": versions()})
     lines = ["| runtime, precision | factor | seed | ours | ours ms | x regular | x dense |", "|---" * 7 + "|"]
     for row in rows:
         regular, dense = (row[f"{name}_ms"] / row["chosen_ms"] for name in ("regular", "dense"))
@@ -336,6 +334,7 @@ def main() -> None:
     parser.add_argument(
         "--cells", default="", help="only cells of this name, as in `wrn-28-12` or `wrn-28-12 8x seed 0`"
     )
+    parser.add_argument("--results", type=Path, default=HERE, help="folder of the results on this processor")
     parser.add_argument("--files", type=Path, help="folder that keeps the exported files")
     parser.add_argument("--prepare", action="store_true", help="only export, to measure later on a quiet machine")
     parser.add_argument("--table", action="store_true", help="only print the table and the plot")
@@ -344,8 +343,9 @@ def main() -> None:
     parser.add_argument("--modules", action="store_true", help="only measure the nn.Modules in torch")
     parser.add_argument("--full-width", action="store_true", help="only measure the stream at its full width")
     options = parser.parse_args()
+    options.results.mkdir(parents=True, exist_ok=True)
     for wanted, show in (
-        (options.low, low_precision),
+        (options.low, lambda: low_precision(options.results / "mixed_connectivity_low.json")),
         (options.modules, modules),
         (options.full_width, full_width),
     ):
@@ -356,7 +356,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             print(profile(options.files or Path(temporary)))
         return
-    results = read_json(RESULTS) if RESULTS.is_file() else {"cells": {}, "versions": versions()}
+    path = options.results / "mixed_connectivity.json"
+    results = read_json(path) if path.is_file() else {"cells": {}, "versions": versions()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.files or Path(temporary)
         for name, model, factor, seed in cells():
@@ -367,10 +368,10 @@ def main() -> None:
             if options.prepare:
                 continue
             results["cells"][name] = {**measure(files, seed), **counted, "load": os.getloadavg()[0]}
-            write_json(RESULTS, results)
+            write_json(path, results)
             first = results["cells"][name]["runtimes"]["onnxruntime-cpu 1"]
             print(name, first["ours"], f"{first['ours_ms']:.3f} ms", first["against"], flush=True)
-    plot(results, RESULTS.with_suffix(".svg"))
+    plot(results, path.with_suffix(".svg"))
     print(table(results))
 
 

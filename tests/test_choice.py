@@ -81,6 +81,35 @@ def test_a_stream_changes_its_form_where_that_is_faster(stopwatch: Any, pruned: 
     assert difference(sliced(images), lower(sliced, chosen.lowering)(images)) < 1e-5
 
 
+def test_pixels_are_packed_stream_by_stream_as_long_as_that_helps(
+    stopwatch: Any, pruned: tuple[Network, Network]
+) -> None:
+    dense, sliced = pruned
+    gains = {(0, "2x2"): 0.2, (1, "2x2"): 0.1, (2, "2x2"): -0.1, (0, "1x2"): 0.3}
+
+    def clock(text: str, _: bool) -> float:
+        forms = [form.partition("@")[::2] for form in (text.split(",") if "," in text else [text] * 3)]
+        gain = sum(
+            gains.get((i, packing), 0.0) - 0.3 * (kind != "pointwise:16") for i, (kind, packing) in enumerate(forms)
+        )
+        return 9.0 if text == "dense" else 5.0 - gain - (text.startswith("deferred:4") and text != "deferred:4")
+
+    stopwatch(clock)
+    chosen = choose_lowering(sliced, dense, precision="int8", convert=lambda _: None)
+    # the other form keeps the packing; once a stream gains nothing, the ones behind it are not tried
+    assert chosen.lowering == "deferred:4@1x2,pointwise:16@2x2,pointwise:16"
+    packed = [text for text in chosen.tried_ms if "@" in text]
+    assert packed[:5] == [
+        "pointwise:16@2x2,pointwise:16,pointwise:16",
+        "pointwise:16@2x2,pointwise:16@2x2,pointwise:16",
+        "pointwise:16@2x2",
+        "pointwise:16@1x2,pointwise:16@2x2,pointwise:16",
+        "pointwise:16@1x2,pointwise:16@1x2,pointwise:16",
+    ]
+    assert not [text for text in chosen.tried_ms if text.endswith("@1x2")]
+    assert not [text for text in choose_lowering(sliced, dense).tried_ms if "@" in text], "of no use in float32 there"
+
+
 def test_a_winner_by_luck_is_not_shipped(stopwatch: Any, pruned: tuple[Network, Network]) -> None:
     dense, sliced = pruned
     stopwatch(lambda name, last: {"dense": 9.0, "regular": 1.5}.get(name, 2.0 if last else 1.0))

@@ -78,7 +78,7 @@ MADE = {
     "normed": Net(lambda s, x: F.relu(s.n(x + s.a(x))) + s.m(s.b(x)) + x),
 }  # fmt: skip
 FORMS = [*LOWERINGS, "slices:4", "pad:3", "gather:4", "scatter:2", "blocks:2", "blocks:8", "pointwise:4"]
-FORMS += ["deferred:4", "zero-filled:4", "regular:8"]
+FORMS += ["deferred:4", "zero-filled:4", "regular:8", "slices@2x2", "gather:8@1x2", "regular:3@8x4"]
 ZOO = {"wrn-16-1": 1.0, "resnet20": 0.5, "resnet18": 0.0625}
 
 
@@ -123,7 +123,7 @@ def test_the_file_equals_the_sliced_network(name: str, tmp_path: Path) -> None:
     _, sliced, _ = sliced_network(name)
     images = contrasting(3, 3, 8, 8).float()
     assert visible(sliced.float()(images).detach())
-    for form in ("paper", "slices:4", "pad:3", "gather:4", "scatter:2", "deferred:4", "blocks:2"):
+    for form in ("paper", "slices:4", "pad:3", "gather:4", "scatter:2", "deferred:4", "blocks:2", "scatter@2x2"):
         export_onnx(lower(sliced, form), (3, 8, 8), tmp_path / "model.onnx")
         # float32 in two runtimes that sum in different orders
         assert parity_onnx(sliced, tmp_path / "model.onnx", images) < 1e-4, form
@@ -515,3 +515,119 @@ def test_unknown_form_lists_the_known() -> None:
     for text in ("slices:0", "slices:x", "slices:", "paper:4", ""):
         with pytest.raises(InputError, match="lowering"):
             lower(sliced, text)
+
+
+# ------------------------------------------------------------------------------------------ packed pixels
+
+
+class Strided(nn.Module):
+    """A stem, an operator between convolutions of one size, and a convolution that ends it; (N, 4) outputs."""
+
+    def __init__(self, between: Callable[[Any, Tensor], Tensor], last: nn.Conv2d) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), conv(6, 6), conv(6, 6)
+        self.norm, self.drop, self.one = nn.BatchNorm2d(6), nn.Dropout(), nn.PReLU()
+        self.register_buffer("three", torch.tensor([5, 0, 4]))
+        self.between, self.last, self.fc = between, last, nn.Linear(last.out_channels, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = x + self.a(x)  # the stream that a form is of
+        return self.fc(self.last(self.between(self, x)).mean((2, 3)))
+
+
+def end(
+    inputs: int = 6, kernel: int | tuple[int, int] = 3, stride: int | tuple[int, int] = 2, **more: Any
+) -> nn.Conv2d:
+    return nn.Conv2d(inputs, 5, kernel, stride, **{"padding": 1, **more})
+
+
+def every_other(s: Any, x: Tensor) -> Tensor:
+    return torch.cat([x[:, 1:4], x.index_select(1, s.three)], 1)
+
+
+PACKED = {
+    "nothing": (lambda s, x: x, end()),
+    "no padding": (lambda s, x: x, end(padding=0)),
+    "1x1": (lambda s, x: x, end(kernel=1, padding=0)),
+    "5x3": (lambda s, x: x, end(kernel=(5, 3), padding=(2, 1))),
+    "even kernel": (lambda s, x: x, end(kernel=4)),
+    "dilated": (lambda s, x: x, end(dilation=2, padding=2)),
+    "grouped": (lambda s, x: x, nn.Conv2d(6, 4, 3, 2, 1, groups=2)),
+    "no bias": (lambda s, x: s.b(x), end(bias=False)),
+    "stride 4": (lambda s, x: x, end(stride=4)),
+    "stride 2 and 4": (lambda s, x: x, end(stride=(2, 4))),
+    "norm": (lambda s, x: s.norm(x), end()),
+    "activations": (lambda s, x: F.silu(s.drop(torch.sigmoid(x) * x) - 0.5), end()),
+    "channels": (every_other, end()),
+    "padded channels": (lambda s, x: torch.constant_pad_nd(x, (0, 0, 0, 0, 1, 2)), end(9)),
+    "added channels": (lambda s, x: x.index_add(1, s.three, s.b(x)[:, :3]), end()),
+    "called twice": (lambda s, x: s.b(s.b(x)), end()),
+}
+#: between which nothing can be packed
+UNPACKED = {
+    "stride 1": (lambda s, x: x, end(stride=1)),
+    "stride 3": (lambda s, x: x, end(stride=3)),
+    "padding by reflection": (lambda s, x: x, end(padding_mode="reflect")),
+    "pooled": (lambda s, x: F.max_pool2d(x, 2), end()),
+    "gated": (lambda s, x: x * x.mean((2, 3), keepdim=True), end()),
+    "constant": (lambda s, x: x + torch.arange(16.0).double(), end()),
+    "activation with a weight": (lambda s, x: s.one(x), end()),
+    "padded pixels": (lambda s, x: F.pad(x, (1, 1, 1, 1)), end()),
+    "computed channels": (lambda s, x: x.index_select(1, s.three * 1), end(3)),
+    "moved": (lambda s, x: x.transpose(2, 3), end()),
+}
+
+
+def packed_pair(between: Any, last: nn.Conv2d, form: str) -> tuple[Network, Network, Tensor]:
+    module = randomise(Strided(between, copy.deepcopy(last)).double().eval())
+    network = trace(module, torch.zeros(1, 3, 16, 16).double())
+    return lower(network, form.partition("@")[0]), lower(network, form), contrasting(3, 3, 16, 16)
+
+
+@pytest.mark.parametrize("packing", ["2x2", "1x2", "2x1"])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_pixels_are_the_same_pixels(name: str, packing: str) -> None:
+    plain, packed, images = packed_pair(*PACKED[name], f"regular@{packing}")
+    h, w = map(int, packing.split("x"))
+    assert visible(plain(images).detach())
+    assert difference(plain(images).detach(), packed(images).detach()) < FLOAT64
+    wide = {shape[1:] for shape in packed.shapes.values()}
+    assert ((6 * h * w, 16 // h, 16 // w) in wide) == (name != "called twice")
+
+
+def test_packed_twice_as_far_between_larger_strides() -> None:
+    plain, packed, images = packed_pair(*PACKED["stride 4"], "regular@4x4")
+    assert (2, 6 * 16, 4, 4) in packed.shapes.values()
+    assert difference(plain(images).detach(), packed(images).detach()) < FLOAT64
+
+
+@pytest.mark.parametrize("name", UNPACKED)
+def test_what_cannot_be_packed_stays(name: str) -> None:
+    plain, packed, images = packed_pair(*UNPACKED[name], "regular@2x2")
+    assert difference(plain(images).detach(), packed(images).detach()) < FLOAT64
+    assert [m.weight.shape for m in convolutions(packed)] == [m.weight.shape for m in convolutions(plain)]
+    # nor by a packing that does not divide the image
+    plain, packed, _ = packed_pair(*PACKED["nothing"], "regular@3x3")
+    assert packed.shapes == plain.shapes
+
+
+def test_a_packed_network_has_wider_and_fewer_pixels() -> None:
+    _, sliced, _ = sliced_network("wrn-16-1")
+    plain, packed = lower(sliced, "deferred:4"), lower(sliced, "deferred:16@2x2,deferred:4,deferred:4")
+    assert count_executed(packed).flops > count_executed(plain).flops
+    first, (wide, *_) = convolutions(plain)[0], convolutions(packed)
+    assert wide.out_channels % 16 == 0 and wide.out_channels == 4 * first.out_channels
+    assert (wide.kernel_size, wide.stride, wide.padding) == ((4, 4), (2, 2), (1, 1))
+    assert all(shape[2:] != (8, 8) for name, shape in packed.shapes.items() if name != "x")
+    # the streams behind it are what they were
+    assert [m.weight.shape for m in convolutions(packed)[-4:]] == [m.weight.shape for m in convolutions(plain)[-4:]]
+
+
+@pytest.mark.parametrize(
+    "text", ["slices@", "slices@2", "slices@0x2", "slices@2x2:4", "slices:0", "slices:257", "slices:4@9x1", "paper@2x2"]
+)
+def test_a_lowering_that_does_not_exist_is_refused(text: str) -> None:
+    _, sliced, _ = sliced_network("wrn-16-1")
+    with pytest.raises(InputError, match="a lowering: slices"):
+        lower(sliced, text)

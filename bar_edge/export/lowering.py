@@ -1,7 +1,7 @@
 """How mixed additions run: from MixedAdd leaves to operators that a runtime has.
 
 A lowering is a text: one form (placement.Form) for all residual streams, as in `slices:4`, or one per
-stream in graph order, as in `blocks:16,slices:4,regular`; or `paper`, the stream at the width of its
+stream in graph order, as in `blocks:16,slices:4,regular@2x2`; or `paper`, the stream at the width of its
 union, a gather before every reader and a scatter-add after every writer.
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bar_edge.errors import InputError
+from bar_edge.export.packing import PLAIN, Packing, pack
 from bar_edge.export.placement import (
     KINDS,
     Form,
@@ -66,7 +67,8 @@ def lower(network: Network, lowering: str) -> Network:
     for stream, form in zip(streams, forms, strict=False):
         places |= stream_placements(network, found, stream, form)
     places |= rounded_placements(network, found, places, _roundings(network, streams, forms))
-    return _Lowerer(widen(network, places), forms).run()
+    lowered = _Lowerer(widen(network, places), forms).run()
+    return pack(lowered, _packings(network, streams, forms))
 
 
 def count_streams(network: Network) -> int:
@@ -99,9 +101,19 @@ def _roundings(network: Network, streams: list[Stream], forms: list[Form]) -> di
     last = {max(stream.channels, key=network.nodes.index): i for i, stream in enumerate(streams)}
     roundings, current = {}, 0
     for node in network.nodes:
-        roundings[node] = forms[min(current, len(forms) - 1)].rounding
+        roundings[node] = forms[min(current, len(forms) - 1)].filled
         current = max(current, last.get(node, -1) + 1)
     return roundings
+
+
+def _packings(network: Network, streams: list[Stream], forms: list[Form]) -> dict[tuple[int, int], Packing]:
+    """Return how the tensors of a size of image are packed: as the first stream of that size that is."""
+    packings: dict[tuple[int, int], Packing] = {}
+    for stream, form in zip(streams, forms, strict=False):
+        _, _, *pixels = network.shapes[next(iter(stream.channels)).name]
+        if len(pixels) == 2 and form.packing != PLAIN:
+            packings.setdefault((pixels[0], pixels[1]), form.packing)
+    return packings
 
 
 class _Lowerer:

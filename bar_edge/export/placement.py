@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Literal, get_args
 
 from torch import Tensor, fx, nn
 
 from bar_edge.errors import InputError
+from bar_edge.export.packing import PLAIN, Packing
 from bar_edge.network import MixedAdd, Network
 from bar_edge.network.channels import Passage, Passages, aten, called_again, is_constant, is_depthwise
 from bar_edge.network.movement import MOVEMENTS, SHAPELESS
@@ -22,7 +24,7 @@ PAD = 200
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Form:
-    """How the additions of one residual stream run, as in `blocks:16`.
+    """How the additions of one residual stream run, as in `blocks:16` or `deferred:16@1x2`.
 
     slices, pad, gather, scatter, pointwise
                   a writer makes its own channels, which go to their places by Slice, Add and Concat, by Pad and
@@ -34,26 +36,35 @@ class Form:
                   Pad by which the stream grows: plain additions
     regular       all tensors of the stream hold the union of its channels, plain additions
     rounding      widths are filled up to multiples of it
+    packing       blocks of so many rows and columns of pixels are channels, in all tensors of the stream's size
     """
 
     kind: Kind
     rounding: int = 1
+    packing: Packing = PLAIN
+
+    @property
+    def filled(self) -> int:
+        """To which multiples channels are filled up before they are packed."""
+        return self.rounding // math.gcd(self.rounding, math.prod(self.packing))
 
     def __str__(self) -> str:
-        return self.kind if self.rounding == 1 else f"{self.kind}:{self.rounding}"
+        rounding = "" if self.rounding == 1 else f":{self.rounding}"
+        return f"{self.kind}{rounding}" + ("" if self.packing == PLAIN else "@{}x{}".format(*self.packing))
 
     @staticmethod
     def parse(text: str) -> Form:
-        """Read `slices` or `blocks:16`; raises InputError for anything else."""
-        name, colon, number = text.partition(":")
-        kind = next((kind for kind in KINDS if kind == name), None)
-        if kind is None or (colon and (not number.isdecimal() or not 1 <= int(number) <= 256)):
+        """Read `slices`, `blocks:16` or `regular@2x2`; raises InputError for anything else."""
+        found = re.fullmatch(r"([a-z-]+)(?::([1-9]\d{0,2}))?(?:@([1-8])x([1-8]))?", text)
+        kind = next((kind for kind in KINDS if found and kind == found[1]), None)
+        if found is None or kind is None or int(found[2] or 1) > 256:
             raise InputError(
-                f"a lowering: {', '.join(KINDS)}, or with widths rounded up, as in slices:16",
+                f"a lowering: {', '.join(KINDS)}, or with widths rounded up, as in slices:16, and pixels packed into "
+                "channels, as in regular:16@2x2",
                 got=repr(text),
                 remedy="choose one of these, or one per residual stream with commas between them",
             )
-        return Form(kind, int(number) if colon else 1)
+        return Form(kind, int(found[2] or 1), (int(found[3] or 1), int(found[4] or 1)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,7 +104,7 @@ def stream_placements(network: Network, found: Passages, stream: Stream, form: F
     (a grouped convolution, a norm over channels) before its last addition: it stays as it is. What comes
     of such an operator after that stays alone.
     """
-    if form.kind not in ("regular", "zero-filled") and form.rounding == 1:
+    if form.kind not in ("regular", "zero-filled") and form.filled == 1:
         return {}
     # zeros in advance need more tensors that can hold them
     grown = _placed(network, found, stream, form, grow=True) if form.kind == "zero-filled" else {}
@@ -180,7 +191,7 @@ def _slots(network: Network, found: Passages, stream: Stream, form: Form, *, gro
 
     grow: whether the stream holds zeros in advance where that costs less than growing.
     """
-    r = form.rounding
+    r = form.filled
     if form.kind == "regular":
         return dict.fromkeys(stream.channels, list(range(_up(stream.width, r))))
     writer: dict[fx.Node, fx.Node] = {}

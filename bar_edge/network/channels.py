@@ -532,6 +532,8 @@ def _operators(names: str) -> list[object]:
     return [getattr(packet, overload) for packet, overload in packets if hasattr(packet, overload)]
 
 
+#: functions of each element alone
+ELEMENTWISE = {*_operators(f"{PER_ELEMENT_ZERO} {PER_ELEMENT} hardtanh clamp"), *COPIES}
 POLES = set(_operators("sqrt rsqrt reciprocal log log2 log10"))
 RULES: dict[object, Rule] = {
     **dict.fromkeys([*CONVOLUTIONS, *TRANSPOSED], _conv),
