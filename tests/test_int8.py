@@ -41,7 +41,7 @@ def files(tmp_path_factory):
         module = randomise(build(name, input_shape=(3, 8, 8), classes=4), removed=0.3).eval()
         network = trace(module, torch.zeros(2, 3, 8, 8)).eval()
         plan = ChannelPlan(network=network.fingerprint, kept=random_kept(module, 0.3, seed=1))
-        for form, suffix in (("slices", ""), ("gather:4", ".padded")):
+        for form, suffix in (("slices", ""), ("gather:4", ".padded"), ("deferred:8@1x2", ".packed")):
             export_onnx(lower(slice_network(network, plan), form), (3, 8, 8), folder / f"{name}{suffix}.onnx")
     return folder
 
@@ -76,7 +76,7 @@ def ops(model, kind):
 # ------------------------------------------------------------------------------------------ placement
 
 
-@pytest.mark.parametrize("name", [*NETWORKS, "wrn-16-1.padded"])
+@pytest.mark.parametrize("name", [*NETWORKS, "wrn-16-1.padded", "wrn-16-1.packed"])
 @pytest.mark.parametrize("recipe", recipes())
 def test_an_int8_file_computes_nearly_the_same(files, name, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("bar_edge_calibration.place.LARGE", 1000)
@@ -113,6 +113,7 @@ def test_what_the_recipe_says_is_in_the_file(files, recipe, tmp_path, monkeypatc
         assert set(largest) <= {0, 127 - min(zero)}
         kinds += [graph.producers[b].op_type if b in graph.producers else "float" for b in node.input[2:]]
     assert set(kinds) == {"DequantizeLinear" if wanted.bias == "int32" else "float"}
+    assert (len(kinds) == len(ops(graph.model, "Conv") + ops(graph.model, "Gemm"))) == (wanted.bias == "every")
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -129,9 +130,13 @@ def test_values_that_only_move_keep_their_grid(files, name, tmp_path):
         assert all(shared) == (recipe == "tensorrt" or name == "wrn-16-1")
 
 
-@pytest.mark.parametrize("name", [*NETWORKS, "wrn-16-1.padded", "resnet20.padded"])
+@pytest.mark.parametrize("name", [f"{name}{suffix}" for name in NETWORKS for suffix in ("", ".padded", ".packed")])
 def test_no_island_of_float_in_onnxruntime(files, name, tmp_path):
-    assert name in NETWORKS or ops(onnx.load(files / f"{name}.onnx"), "Pad")
+    source = onnx.load(files / f"{name}.onnx")
+    assert bool(ops(source, "Pad")) == name.endswith("padded")
+    # pads on one side only are those of a convolution that ends the packed part
+    pads = [list(a.ints) for node in ops(source, "Conv") for a in node.attribute if a.name == "pads"]
+    assert ([1, 1, 0, 0] in pads) == name.endswith("packed")
     target, record = quantised(files, name, "onnxruntime-cpu", tmp_path)
     assert record["float_between_int8"] == []
     left = {node.op_type for node in optimised(target).graph.node}
@@ -162,10 +167,13 @@ def test_batchnorm_as_a_convolution_is_the_same_function(files):
     np.testing.assert_allclose(outputs(changed, images(9)), outputs(model, images(9)), rtol=1e-4, atol=1e-4)
 
 
-def test_openvino_takes_the_mixed_forms(files, tmp_path):
+@pytest.mark.parametrize("name", [f"{name}{suffix}" for name in NETWORKS for suffix in ("", ".padded", ".packed")])
+def test_openvino_computes_the_mixed_forms(files, name, tmp_path):
+    """Convolutions without a bias among them: what they are added to came out wrong until they got one."""
     pytest.importorskip("openvino")
-    target, _ = quantised(files, "wrn-16-1", "openvino-cpu", tmp_path)
-    assert ops(onnx.load(target), "Concat")
+    target, _ = quantised(files, name, "openvino-cpu", tmp_path)
+    assert all(len(node.input) == 3 for node in ops(onnx.load(target), "Conv"))
+    assert name.startswith("resnet") or any(len(n.input) == 2 for n in ops(onnx.load(files / f"{name}.onnx"), "Conv"))
     np.save(tmp_path / "images.npy", images(8, seed=2))
     # in a process of its own: its compiler has crashed on such files
     program = (
@@ -176,8 +184,8 @@ def test_openvino_takes_the_mixed_forms(files, tmp_path):
     paths = [str(path) for path in (target, tmp_path / "images.npy", tmp_path / "out.npy")]
     done = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.returncode} {done.stderr[-500:]}"
-    # the same integers; where a value lies between two of them, rounding may fall either way
-    assert relative_error(outputs(str(target), images(8, seed=2)), np.load(tmp_path / "out.npy")) < 1e-3
+    # the same integers; where a value lies between two of them, rounding may fall either way, in every layer
+    assert relative_error(outputs(str(target), images(8, seed=2)), np.load(tmp_path / "out.npy")) < 5e-3
 
 
 # ------------------------------------------------------------------------------------------ small graphs

@@ -15,6 +15,8 @@ from bar_edge_calibration.recipe import Recipe
 #: weights of a convolution that is large, in 1x1 convolutions twice as many: from here on a matrix product is faster in
 #: ONNX Runtime with AMX
 LARGE = 1 << 13
+#: a bias that changes nothing, but that no runtime takes for 0 and removes
+NO_BIAS = 1e-30
 #: a bias keeps below half of what int32 holds
 _BIAS_LIMIT = 2.0**30
 
@@ -200,6 +202,8 @@ class _Placer:
         if node.input[0] in self.means and (bias or node.op_type == "Conv"):
             error = integers * scale.reshape(shape) - weight
             shift = shift - mean_response(node, error, self.means[node.input[0]])
+        elif self.recipe.bias == "every" and not bias and node.op_type == "Conv":
+            shift = np.full(len(weight), NO_BIAS)
         elif not bias:
             return made
         if self.recipe.bias == "int32":

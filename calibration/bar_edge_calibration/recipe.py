@@ -26,8 +26,9 @@ class Recipe:
     grids: Literal["signed", "shared"]
     #: shifted: those of large convolutions have a zero point of 1, for the sake of the kernel that takes them
     weights: Literal["symmetric", "shifted"]
-    #: of biases; int32 has the scale of the input times that of the weight
-    bias: Literal["int32", "float32"]
+    #: of biases; int32 has the scale of the input times that of the weight; every: float32, and where a convolution
+    #: has none, one that changes nothing
+    bias: Literal["int32", "float32", "every"]
     #: BatchNorm that folds into no convolution
     batchnorm: Literal["convolution", "float32"]
     #: how ranges are read from histograms unless the accuracy wants another
