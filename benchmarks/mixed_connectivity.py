@@ -232,8 +232,8 @@ def profile(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def low_precision(results: Path, seeds: range = range(3)) -> str:
-    """Return what `--lowering auto` makes of wrn-28-12 at 4x and 16x in bf16 and INT8, as Markdown.
+def low_precision(results: Path, model: str, seeds: range) -> str:
+    """Return what `--lowering auto` makes of networks at 4x and 16x in bf16 and INT8, as Markdown; measure one of them.
 
     INT8 is calibrated on noise, for speed. Resumable; what was measured lies in the results.
     """
@@ -241,10 +241,10 @@ def low_precision(results: Path, seeds: range = range(3)) -> str:
     for seed in seeds:
         for factor in (4, 16):
             for runtime, precision in CANDIDATES:
-                key = {"runtime": runtime, "precision": precision, "factor": factor, "seed": seed}
+                key = {"network": model, "runtime": runtime, "precision": precision, "factor": factor, "seed": seed}
                 if precision == "fp32" or any(key.items() <= row.items() for row in rows):
                     continue
-                dense, sliced = networks("wrn-28-12", factor, seed)
+                dense, sliced = networks(model, factor, seed)
                 target = {"onnxruntime-cpu": "onnx", "openvino-cpu": "openvino"}[runtime]
                 recipe = (
                     faster_recipe(target, sliced, runtime=runtime, lowering="regular:16", threads=1)
@@ -257,12 +257,15 @@ def low_precision(results: Path, seeds: range = range(3)) -> str:
                 )
                 rows.append({**key, "recipe": recipe.name if recipe else None, **dataclasses.asdict(found)})
                 write_json(results, {"rows": rows, "versions": versions()})
-    lines = ["| runtime, precision | factor | seed | ours | ours ms | x regular | x dense |", "|---" * 7 + "|"]
+    lines = [
+        "| network | runtime, precision | seed | recipe | ours | ours ms | x regular | x dense |",
+        "|---" * 8 + "|",
+    ]
     for row in rows:
         regular, dense = (row[f"{name}_ms"] / row["chosen_ms"] for name in ("regular", "dense"))
         lines.append(
-            f"| {row['runtime']}, {row['precision']} | {row['factor']}x | {row['seed']} | {row['lowering']} "
-            f"| {row['chosen_ms']:.3f} | {regular:.2f} | {dense:.1f} |"
+            f"| {row['network']} {row['factor']}x | {row['runtime']}, {row['precision']} | {row['seed']} "
+            f"| {row['recipe'] or ''} | {row['lowering']} | {row['chosen_ms']:.3f} | {regular:.2f} | {dense:.1f} |"
         )
     return "\n".join(lines)
 
@@ -339,13 +342,17 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help="only export, to measure later on a quiet machine")
     parser.add_argument("--table", action="store_true", help="only print the table and the plot")
     parser.add_argument("--profile", action="store_true", help="only print where the time goes")
-    parser.add_argument("--low", action="store_true", help="only measure bf16 and INT8")
+    parser.add_argument(
+        "--low", action="store_true", help="only measure bf16 and INT8, of wrn-28-12 or --cells NETWORK"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="masks per cell of --low")
     parser.add_argument("--modules", action="store_true", help="only measure the nn.Modules in torch")
     parser.add_argument("--full-width", action="store_true", help="only measure the stream at its full width")
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
+    low = options.results / "mixed_connectivity_low.json"
     for wanted, show in (
-        (options.low, lambda: low_precision(options.results / "mixed_connectivity_low.json")),
+        (options.low, lambda: low_precision(low, options.cells or "wrn-28-12", range(options.seeds))),
         (options.modules, modules),
         (options.full_width, full_width),
     ):
