@@ -4,8 +4,9 @@ Per cell (network, factor of the volume, seed of the mask; or a learned plan) an
 threads: "ours" is chosen among the candidates of `--lowering auto` in one measurement and judged in another,
 in turn with the regular form, the literal one (paper) and first-write order with ScatterND, then with the
 dense network. The masks are those of benchmarks/masks.py. Resumable: what results/mixed_connectivity.json
-holds is not measured again. Run: python benchmarks/mixed_connectivity.py
-[--cells wrn-28-12] [--files DIR [--prepare]] [--table|--profile|--low|--modules|--full-width]
+holds is not measured again; each processor has a folder of results. Run: python benchmarks/mixed_connectivity.py
+[--results DIR] [--cells wrn-28-12] [--files DIR [--prepare]]
+[--table|--profile|--low [--seeds 3]|--modules|--full-width]
 """
 
 from __future__ import annotations
