@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from bar_edge.errors import InputError
 from bar_edge.export import placement
 from bar_edge.export.lowering import LOWERINGS, count_streams, lower
 from bar_edge.export.onnx import export_onnx, parity_onnx
+from bar_edge.export.packing import pack
 from bar_edge.export.widen import regular_form
 from bar_edge.models import build
 from bar_edge.network import Expand, MixedAdd, Network, count, trace
@@ -594,6 +596,69 @@ def test_packed_pixels_are_the_same_pixels(name: str, packing: str) -> None:
     assert difference(plain(images).detach(), packed(images).detach()) < FLOAT64
     wide = {shape[1:] for shape in packed.shapes.values()}
     assert ((6 * h * w, 16 // h, 16 // w) in wide) == (name != "called twice")
+
+
+#: kind -> operator on one or two tensors without weights
+OPERATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "act": lambda a, _: torch.tanh(a),
+    "add": torch.add,
+    "mul": lambda a, b: a * torch.sigmoid(b),
+    "cat": lambda a, b: torch.cat([a, b], 1),
+    "part": lambda a, _: a[:, : (a.shape[1] + 1) // 2],
+}
+
+
+class Random(nn.Module):
+    """Random operators at 24x24 behind a random stem, and two random strided convolutions that end them."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        r = self.random = random.Random(seed)
+        self.stem = self.convolution(2, r.randint(1, 6))
+        widths, self.steps = [self.stem.out_channels], list[tuple[str, int, int]]()
+        for n in range(r.randint(2, 7)):
+            kind = r.choice(["conv", "conv", "norm", *OPERATORS])
+            i, j = r.choices(range(len(widths)), k=2)
+            j = j if kind == "cat" or widths[i] == widths[j] else i
+            width = {"cat": widths[i] + widths[j], "part": (widths[i] + 1) // 2}.get(kind, widths[i])
+            if kind == "conv":
+                width = r.randint(1, 6)
+                self.add_module(str(n), self.convolution(widths[i], width))
+            elif kind == "norm":
+                self.add_module(str(n), nn.BatchNorm2d(width))
+            self.steps.append((kind, i, j))
+            widths.append(width)
+        self.ends = nn.ModuleList([self.convolution(widths[-1], 3, r.choice([2, 2, 2, 4, 3])) for _ in range(2)])
+
+    def convolution(self, inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+        r = self.random
+        kernel = [r.choice([1, 2, 3, 5] if stride > 1 else [1, 3, 5]) for _ in range(2)]
+        dilation = [r.choice([1, 1, 2]) for _ in range(2)]
+        spans = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        padding = [r.randint(0, span) if stride > 1 else span // 2 for span in spans]
+        groups = r.choice([g for g in (1, 1, 2, 3) if inputs % g == outputs % g == 0])
+        return nn.Conv2d(inputs, outputs, (*kernel,), stride, (*padding,), (*dilation,), groups, r.random() < 0.7)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        tensors = [self.stem(x)]
+        for n, (kind, i, j) in enumerate(self.steps):
+            operator = OPERATORS.get(kind)
+            a, b = tensors[i], tensors[j]
+            tensors.append(operator(a, b) if operator else self.get_submodule(str(n))(a))
+        return tuple(end(tensors[-1]) for end in self.ends)
+
+
+def test_random_networks_packed_are_the_same() -> None:
+    seen = 0
+    for seed in range(60):
+        module = randomise(Random(seed).double().eval())
+        network = trace(module, torch.zeros(1, 2, 24, 24).double()).eval()
+        images = contrasting(2, 2, 24, 24)
+        packed = pack(copy.deepcopy(network), {(24, 24): random.Random(seed).choice([(2, 2), (1, 2), (2, 1), (3, 3)])})
+        for a, b in zip(network(images), packed(images), strict=True):
+            assert difference(a.detach(), b.detach()) < FLOAT64, seed
+        seen += packed.shapes != network.shapes
+    assert seen > 15
 
 
 def test_packed_twice_as_far_between_larger_strides() -> None:
