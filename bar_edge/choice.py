@@ -35,6 +35,8 @@ CANDIDATES = {
     ("openvino-cpu", "int8"): (
         "zero-filled:32",
         "zero-filled:16",
+        "pointwise:4-16",
+        "zero-filled:4-16",
         "regular:16",
         "pointwise:16",
         "slices:16",
@@ -42,6 +44,7 @@ CANDIDATES = {
     ),
     ("openvino-cpu", "bf16"): (
         "pointwise:16",
+        "pointwise:4-16",
         "zero-filled:32",
         "slices:16",
         "zero-filled:16",

@@ -80,7 +80,7 @@ MADE = {
     "normed": Net(lambda s, x: F.relu(s.n(x + s.a(x))) + s.m(s.b(x)) + x),
 }  # fmt: skip
 FORMS = [*LOWERINGS, "slices:4", "pad:3", "gather:4", "scatter:2", "blocks:2", "blocks:8", "pointwise:4"]
-FORMS += ["deferred:4", "zero-filled:4", "regular:8", "slices@2x2", "gather:8@1x2", "regular:3@8x4"]
+FORMS += ["deferred:4", "zero-filled:4", "regular:8", "slices@2x2", "gather:8@1x2", "regular:3@8x4", "zero-filled:2-5"]
 ZOO = {"wrn-16-1": 1.0, "resnet20": 0.5, "resnet18": 0.0625}
 
 
@@ -168,6 +168,16 @@ def test_rounded_widths_are_multiples(name: str, form: str) -> None:
     for c in rounded:
         assert c.out_channels % 4 == 0
         assert c.groups == c.in_channels or c.in_channels % 4 == 0 or c.in_channels == 3
+
+
+@pytest.mark.parametrize("form", ["pointwise:2-8", "gather:2-8", "zero-filled:2-8", "regular:2-8"])
+def test_narrow_widths_are_rounded_less(form: str) -> None:
+    _, sliced, _ = sliced_network("wrn-16-1", removed=0.7)
+    widths = {c.out_channels for c in convolutions(lower(sliced, form))}
+    narrow = {width for width in widths if width < 8}
+    assert narrow and not any(width % 2 for width in narrow)
+    assert widths - narrow and not any(width % 8 for width in widths - narrow)
+    assert any(c.out_channels % 2 and c.out_channels < 8 for c in convolutions(lower(sliced, form.partition(":")[0])))
 
 
 def test_deferred_sums_in_the_convolution_that_a_norm_becomes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -690,7 +700,20 @@ def test_a_packed_network_has_wider_and_fewer_pixels() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["slices@", "slices@2", "slices@0x2", "slices@2x2:4", "slices:0", "slices:257", "slices:4@9x1", "paper@2x2"]
+    "text",
+    [
+        "slices@",
+        "slices@2",
+        "slices@0x2",
+        "slices@2x2:4",
+        "slices:0",
+        "slices:257",
+        "slices:4@9x1",
+        "slices:8-4",
+        "slices:4-",
+        "slices:0-4",
+        "paper@2x2",
+    ],
 )
 def test_a_lowering_that_does_not_exist_is_refused(text: str) -> None:
     _, sliced, _ = sliced_network("wrn-16-1")

@@ -21,6 +21,7 @@ from bar_edge.export.placement import (
     KINDS,
     Form,
     Placement,
+    Rounding,
     plain_reader,
     plain_sum,
     residual_streams,
@@ -96,7 +97,7 @@ def folded(network: Network) -> Network:
     return Network(body, network.input_shapes, network.out_spec).eval()
 
 
-def _roundings(network: Network, streams: list[Stream], forms: list[Form]) -> dict[fx.Node, int]:
+def _roundings(network: Network, streams: list[Stream], forms: list[Form]) -> dict[fx.Node, Rounding]:
     """Return for every tensor the rounding of the stream that is added to next."""
     last = {max(stream.channels, key=network.nodes.index): i for i, stream in enumerate(streams)}
     roundings, current = {}, 0

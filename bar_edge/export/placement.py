@@ -18,13 +18,15 @@ from bar_edge.surgery.order import Stream, is_identity, joined_streams
 
 Kind = Literal["slices", "pad", "gather", "scatter", "pointwise", "deferred", "blocks", "zero-filled", "regular"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+#: to which multiples widths are filled up: those below the second number to multiples of the first only
+Rounding = tuple[int, int]
 #: multiplications in the time of copying one value: INT8 and bf16 in OpenVINO (docs/mixed_connectivity.md)
 PAD = 200
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Form:
-    """How the additions of one residual stream run, as in `blocks:16` or `deferred:16@1x2`.
+    """How the additions of one residual stream run, as in `blocks:16`, `slices:4-16` or `deferred:16@1x2`.
 
     slices, pad, gather, scatter, pointwise
                   a writer makes its own channels, which go to their places by Slice, Add and Concat, by Pad and
@@ -36,35 +38,43 @@ class Form:
                   Pad by which the stream grows: plain additions
     regular       all tensors of the stream hold the union of its channels, plain additions
     rounding      widths are filled up to multiples of it
+    narrow        widths below the rounding are filled up to multiples of this only
     packing       blocks of so many rows and columns of pixels are channels, in all tensors of the stream's size
     """
 
     kind: Kind
     rounding: int = 1
     packing: Packing = PLAIN
+    narrow: int = 0
 
     @property
-    def filled(self) -> int:
-        """To which multiples channels are filled up before they are packed."""
-        return self.rounding // math.gcd(self.rounding, math.prod(self.packing))
+    def filled(self) -> Rounding:
+        """How channels are filled up before they are packed."""
+        k = math.prod(self.packing)
+        narrow, rounding = (n // math.gcd(n, k) for n in (self.narrow or self.rounding, self.rounding))
+        return narrow, rounding
 
     def __str__(self) -> str:
-        rounding = "" if self.rounding == 1 else f":{self.rounding}"
+        rounding = (
+            "" if self.rounding == 1 else f":{self.narrow}-{self.rounding}" if self.narrow else f":{self.rounding}"
+        )
         return f"{self.kind}{rounding}" + ("" if self.packing == PLAIN else "@{}x{}".format(*self.packing))
 
     @staticmethod
     def parse(text: str) -> Form:
-        """Read `slices`, `blocks:16` or `regular@2x2`; raises InputError for anything else."""
-        found = re.fullmatch(r"([a-z-]+)(?::([1-9]\d{0,2}))?(?:@([1-8])x([1-8]))?", text)
-        kind = next((kind for kind in KINDS if found and kind == found[1]), None)
-        if found is None or kind is None or int(found[2] or 1) > 256:
+        """Read `slices`, `blocks:16`, `slices:4-16` or `regular@2x2`; raises InputError for anything else."""
+        found = re.fullmatch(r"([a-z-]+)(?::(?:([1-9]\d{0,2})-)?([1-9]\d{0,2}))?(?:@([1-8])x([1-8]))?", text)
+        kind, numbers = found[1] if found else "", [int(n or 0) for n in (found.groups()[1:] if found else ())]
+        if found is None or kind not in KINDS or numbers[1] > 256 or numbers[0] >= max(1, numbers[1]):
             raise InputError(
-                f"a lowering: {', '.join(KINDS)}, or with widths rounded up, as in slices:16, and pixels packed into "
-                "channels, as in regular:16@2x2",
+                f"a lowering: {', '.join(KINDS)}, or with widths rounded up, as in slices:16, those below 16 to "
+                "multiples of 4 only, as in slices:4-16, and pixels packed into channels, as in regular:16@2x2",
                 got=repr(text),
                 remedy="choose one of these, or one per residual stream with commas between them",
             )
-        return Form(kind, int(found[2] or 1), (int(found[3] or 1), int(found[4] or 1)))
+        narrow, rounding, height, width = numbers
+        known = next(known for known in KINDS if known == kind)
+        return Form(known, rounding or 1, (height or 1, width or 1), narrow)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,7 +114,7 @@ def stream_placements(network: Network, found: Passages, stream: Stream, form: F
     (a grouped convolution, a norm over channels) before its last addition: it stays as it is. What comes
     of such an operator after that stays alone.
     """
-    if form.kind not in ("regular", "zero-filled") and form.filled == 1:
+    if form.kind not in ("regular", "zero-filled") and form.filled == (1, 1):
         return {}
     # zeros in advance need more tensors that can hold them
     grown = _placed(network, found, stream, form, grow=True) if form.kind == "zero-filled" else {}
@@ -112,7 +122,7 @@ def stream_placements(network: Network, found: Passages, stream: Stream, form: F
 
 
 def rounded_placements(
-    network: Network, found: Passages, taken: dict[fx.Node, Placement], rounding: dict[fx.Node, int]
+    network: Network, found: Passages, taken: dict[fx.Node, Placement], rounding: dict[fx.Node, Rounding]
 ) -> dict[fx.Node, Placement]:
     """Return placements that fill the widths of all other tensors up to multiples of their rounding.
 
@@ -208,7 +218,8 @@ def _slots(network: Network, found: Passages, stream: Stream, form: Form, *, gro
     def own(node: fx.Node, missing: set[int]) -> list[int]:
         channels = set(stream.channels[node])
         if form.kind == "blocks":
-            return [block * r + i for block in sorted({c // r for c in channels}) for i in range(r)]
+            n = max(r)
+            return [block * n + i for block in sorted({c // n for c in channels}) for i in range(n)]
         return _filled(channels | missing, r)
 
     for node in (node for node in stream.channels if found[node].kind == "add"):
@@ -275,8 +286,8 @@ def _pixels(network: Network, node: fx.Node) -> int:
     return math.prod(network.shapes[node.name][2:])
 
 
-def _filled(channels: set[int], rounding: int) -> list[int]:
-    """Add channels up to a multiple of `rounding`, those first that close the smallest gaps."""
+def _filled(channels: set[int], rounding: Rounding) -> list[int]:
+    """Add channels up to what they are rounded to, those first that close the smallest gaps."""
     filled, missing = set(channels), _up(len(channels), rounding) - len(channels)
     while missing:
         there = sorted(filled)
@@ -288,5 +299,6 @@ def _filled(channels: set[int], rounding: int) -> list[int]:
     return sorted(filled)
 
 
-def _up(width: int, rounding: int) -> int:
-    return -(-width // rounding) * rounding
+def _up(width: int, rounding: Rounding) -> int:
+    multiple = rounding[width >= rounding[1]]
+    return -(-width // multiple) * multiple

@@ -121,8 +121,8 @@ Lowering = Annotated[
         "--lowering",
         metavar="NAME",
         text="How additions run: auto (measured here), paper, or slices, pad, gather, scatter, pointwise, deferred, "
-        "blocks, zero-filled, regular, with widths rounded up as in slices:4, and blocks of pixels as channels as in "
-        "slices:4@2x2; one for all streams, or one each with commas.",
+        "blocks, zero-filled, regular, with widths rounded up as in slices:4 or slices:4-16, and blocks of pixels as "
+        "channels as in slices:4@2x2; one for all streams, or one each with commas.",
     ),
 ]
 ChoiceSeconds = Annotated[float, _option("--choice-seconds", metavar="S", text="How long --lowering auto may measure.")]
