@@ -29,7 +29,7 @@ def pack(network: Network, packings: Mapping[tuple[int, int], Packing]) -> Netwo
 
     With a packing of (h, w) a tensor (N, C, H, W) becomes (N, C * h * w, H / h, W / w), as by pixel_unshuffle: one of
     few channels then fills a vector, for h * w times as many multiplications per convolution, most of them by zero.
-    Only between convolutions that can: nothing is moved for it. The others stay as they are.
+    Only between convolutions that can: nothing is moved for it. The others stay as they are. The network is used up.
     """
     found = {} if all(packing == PLAIN for packing in packings.values()) else _packable(network, packings)
     return _Packer(network, found).run() if found else network
@@ -132,7 +132,9 @@ class _Packer:
             args[1] = [k * n for n in args[1]]
         elif node.target in _INDEXED:
             index = self.root.get_buffer(args[2].target)
-            attach(self.root, f"{node.name}_packed", (k * index[:, None] + torch.arange(k)).flatten())
+            attach(
+                self.root, f"{node.name}_packed", (k * index[:, None] + torch.arange(k, device=index.device)).flatten()
+            )
             made[args[2]] = self.graph.get_attr(f"{node.name}_packed")
         args, kwargs = fx.map_arg((args, node.kwargs), made.__getitem__)
         return self.graph.call_function(node.target, tuple(args), kwargs)
