@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 from bar_edge.bench import bench_onnx, compare
 from bar_edge.bench.statistics import median_ms
-from bar_edge.export.lowering import count_streams, lower
+from bar_edge.export.lowering import lower, stream_sizes
 from bar_edge.export.onnx import Preprocessing, export_onnx
 from bar_edge.export.packing import Packing
 from bar_edge.export.placement import Form
@@ -99,14 +100,15 @@ def choose_lowering(
 ) -> Choice:
     """Measure whole-network candidates, then change the form stream by stream as long as that helps and time is left.
 
-    First how a stream's pixels are packed, beginning with the first streams, which are the narrowest, then the form
-    itself. The winner is measured anew in a fresh process, in turn with the regular form and the dense network: the
+    First how pixels are packed, beginning with the first streams, which are the narrowest, then the form itself. The
+    winner is measured anew in a fresh process, in turn with the regular form and the dense network: the
     faster of the two forms is chosen. seconds: for all but that last measurement. convert: what turns a file in
     float32 into one of the precision, in place, good enough to measure its speed. The same choice can be exported
     again by its text. Raises what `bench_onnx` and `export_onnx` raise.
     """
     progress, start = progress or NoProgress(), time.monotonic()
-    streams = count_streams(network)
+    sizes = stream_sizes(network)
+    streams = len(sizes)
     known: tuple[str, ...] = CANDIDATES.get((runtime, precision), ELSEWHERE)
     candidates = [c for c in known if streams or c.startswith("slices")]
     with tempfile.TemporaryDirectory() as folder:
@@ -126,17 +128,17 @@ def choose_lowering(
         order = sorted(tried, key=tried.__getitem__)
         best = order[0]
         for done, packing in enumerate(packings, len(candidates) + 1):
-            for i in range(streams):
+            for size in dict.fromkeys(sizes):  # the largest images, and so the narrowest layers, first
                 before = best
                 if _left(start, seconds) > 0:
-                    best = trial.changed(tried, best, i, packing=packing)
+                    best = trial.changed(tried, best, [i for i in range(streams) if sizes[i] == size], packing=packing)
                 if best == before:
-                    break  # the next streams are wider
+                    break
             progress.step({"phase": "lowering", "epoch": 1, "step": done})
         for done, other in enumerate(order[1 : others + 1], len(candidates) + len(packings) + 1):
             for i in range(streams):
                 if _left(start, seconds) > 0:
-                    best = trial.changed(tried, best, i, form=other)
+                    best = trial.changed(tried, best, [i], form=other)
             progress.step({"phase": "lowering", "epoch": 1, "step": done})
         regular = REGULAR if streams else "slices"
         trial.export(regular)
@@ -172,7 +174,9 @@ class _Trial:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def file(self, lowering: str) -> Path:
-        return self.folder / f"{lowering.replace(':', '_')}.onnx"
+        """Return a file named by its lowering, or by its hash where that would be too long for a name."""
+        short = lowering if len(lowering) < 200 else hashlib.sha256(lowering.encode()).hexdigest()
+        return self.folder / f"{short.replace(':', '_')}.onnx"
 
     def export(self, lowering: str) -> None:
         file = self.file(lowering)
@@ -186,16 +190,17 @@ class _Trial:
         self,
         tried: dict[str, float],
         best: str,
-        stream: int,
+        which: list[int],
         *,
         form: str | None = None,
         packing: Packing | None = None,
     ) -> str:
-        """Return the faster one of a lowering and the same with another form or packing of one of its streams."""
+        """Return the faster one of a lowering and the same with another form or packing of some of its streams."""
         forms = [Form.parse(text) for text in best.split(",")]
         forms = forms if len(forms) > 1 else forms * self.streams
-        old, new = forms[stream], Form.parse(form) if form else forms[stream]
-        forms[stream] = dataclasses.replace(new, packing=packing or old.packing)
+        for i in which:
+            new = Form.parse(form) if form else forms[i]
+            forms[i] = dataclasses.replace(new, packing=packing or forms[i].packing)
         text = ",".join(map(str, forms if len({*forms}) > 1 else forms[:1]))
         if text in tried:
             return best

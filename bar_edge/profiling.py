@@ -18,8 +18,10 @@ from bar_edge.bench import Measurement, bench_onnx
 from bar_edge.bench.engines import Sample, fitted_prices, layer_samples
 from bar_edge.bench.profile import LINE_WIDTHS, Prober, find_step, undisturbed_ms
 from bar_edge.choice import CANDIDATES, ELSEWHERE
+from bar_edge.errors import InputError
 from bar_edge.export.lowering import lower
 from bar_edge.export.onnx import export_onnx
+from bar_edge.export.packing import PLAIN
 from bar_edge.export.placement import Form
 from bar_edge.methods import GateLayout, random_plan, smallest_cost
 from bar_edge.network import Network, count
@@ -54,8 +56,16 @@ def profile_network(
 
     lowering: form of the additions in whole networks; auto is the faster of the runtime's two most promising, in a
     random plan. What was measured before a stop is not measured again; engines are built again, with what their timing
-    cache holds. Raises what `bench_onnx` raises.
+    cache holds. Raises what `bench_onnx` raises, and InputError for a lowering that layers have no prices for alone.
     """
+    form = Form.parse("regular" if lowering == "auto" else lowering)
+    if form.narrow or form.packing != PLAIN:
+        raise InputError(
+            "a lowering for a table of single layers: a form, or a form and one rounding as in gather:4",
+            got=lowering,
+            consequence="nothing was measured",
+            remedy="leave packing and the smaller rounding away; `export --lowering` takes them",
+        )
     progress = progress or NoProgress()
     largest = largest_widths(network)
     caches = out.with_name(f".{out.name}.caches")

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from bar_edge.bench import bench_onnx, compare, runner
 from bar_edge.bench.statistics import median_ms
 from bar_edge.data import DataSource, Split, load_data
-from bar_edge.export.lowering import count_streams, lower
+from bar_edge.export.lowering import lower, stream_sizes
 from bar_edge.export.onnx import export_onnx
 from bar_edge.export.parity import difference, relative
 from bar_edge.export.precision import to_half
@@ -120,7 +120,7 @@ def write_file(network: Network, role: str, folder: Path, key: tuple[str, str], 
     float_path = path.with_name(f"{path.name.split('.')[0]}.fp32.onnx")
     if not float_path.is_file():
         lowering = "slices" if role == "dense" else LOWERINGS[key]
-        if not count_streams(network):
+        if not stream_sizes(network):
             lowering = lowering.replace("gather", "slices")
         export_onnx(lower(network, lowering), data.input_shape, float_path)
     if key[1] == "fp16":

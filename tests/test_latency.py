@@ -269,6 +269,15 @@ def test_fit_finds_scale_and_constant(network: Network, table: LatencyTable) -> 
     assert fitted.typical_error < 0.05
 
 
+@pytest.mark.parametrize("lowering", ["regular:16@2x2", "slices:4-16", "paper"])
+def test_a_lowering_whose_layers_have_no_prices_alone_is_refused_at_once(
+    network: Network, tmp_path: Path, lowering: str
+) -> None:
+    with pytest.raises(InputError, match="a lowering"):
+        profiling.profile_network(network, tmp_path / "table.json", model="resnet20", lowering=lowering)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("faster", [0, 1])
 def test_the_faster_of_two_forms_is_profiled(monkeypatch: pytest.MonkeyPatch, faster: int) -> None:
     forms = CANDIDATES["onnxruntime-cpu", "fp32"][:2]

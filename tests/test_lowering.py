@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from bar_edge.errors import InputError
 from bar_edge.export import placement
-from bar_edge.export.lowering import LOWERINGS, count_streams, lower
+from bar_edge.export.lowering import LOWERINGS, lower, stream_sizes
 from bar_edge.export.onnx import export_onnx, parity_onnx
 from bar_edge.export.packing import pack
 from bar_edge.export.widen import regular_form
@@ -80,7 +80,7 @@ MADE = {
     "normed": Net(lambda s, x: F.relu(s.n(x + s.a(x))) + s.m(s.b(x)) + x),
 }  # fmt: skip
 FORMS = [*LOWERINGS, "slices:4", "pad:3", "gather:4", "scatter:2", "blocks:2", "blocks:8", "pointwise:4"]
-FORMS += ["deferred:4", "zero-filled:4", "regular:8", "slices@2x2", "gather:8@1x2", "regular:3@8x4", "zero-filled:2-5"]
+FORMS += ["deferred:4", "zero-filled:4", "regular:8", "slices@2x2", "gather:8@1x2", "regular:3@8x4", "zero-filled:3-6"]
 ZOO = {"wrn-16-1": 1.0, "resnet20": 0.5, "resnet18": 0.0625}
 
 
@@ -285,7 +285,7 @@ def test_gather_takes_zeros_from_an_empty_filter() -> None:
 def test_each_stream_may_have_its_own_form() -> None:
     _, sliced, _ = sliced_network("wrn-16-1")
     images = contrasting(2, 3, 8, 8)
-    assert count_streams(sliced) == 3
+    assert stream_sizes(sliced) == [(8, 8), (4, 4), (2, 2)]
     lowered = lower(sliced, "regular,scatter,slices:4")
     assert difference(copy.deepcopy(sliced).eval()(images), lowered(images)) < FLOAT64
     called = targets(lowered)
@@ -540,6 +540,7 @@ class Strided(nn.Module):
         self.stem, self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), conv(6, 6), conv(6, 6)
         self.norm, self.drop, self.one = nn.BatchNorm2d(6), nn.Dropout(), nn.PReLU()
         self.register_buffer("three", torch.tensor([5, 0, 4]))
+        self.register_buffer("number", torch.tensor(3))
         self.between, self.last, self.fc = between, last, nn.Linear(last.out_channels, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -552,6 +553,10 @@ def end(
     inputs: int = 6, kernel: int | tuple[int, int] = 3, stride: int | tuple[int, int] = 2, **more: Any
 ) -> nn.Conv2d:
     return nn.Conv2d(inputs, 5, kernel, stride, **{"padding": 1, **more})
+
+
+def by_a_number(s: Any, x: Tensor) -> Tensor:
+    return torch.cat([x.index_select(1, s.number), x[:, 1:]], 1)
 
 
 def every_other(s: Any, x: Tensor) -> Tensor:
@@ -572,6 +577,7 @@ PACKED = {
     "norm": (lambda s, x: s.norm(x), end()),
     "activations": (lambda s, x: F.silu(s.drop(torch.sigmoid(x) * x) - 0.5), end()),
     "channels": (every_other, end()),
+    "a channel": (by_a_number, end(6)),
     "padded channels": (lambda s, x: torch.constant_pad_nd(x, (0, 0, 0, 0, 1, 2)), end(9)),
     "added channels": (lambda s, x: x.index_add(1, s.three, s.b(x)[:, :3]), end()),
     "called twice": (lambda s, x: s.b(s.b(x)), end()),
@@ -695,7 +701,10 @@ def test_a_packed_network_has_wider_and_fewer_pixels() -> None:
     assert wide.out_channels % 16 == 0 and wide.out_channels == 4 * first.out_channels
     assert (wide.kernel_size, wide.stride, wide.padding) == ((4, 4), (2, 2), (1, 1))
     assert all(shape[2:] != (8, 8) for name, shape in packed.shapes.items() if name != "x")
-    # the streams behind it are what they were
+    # the streams behind it are what they were, and what cannot be packed is rounded as without
+    last = lower(sliced, "regular:16@2x2")
+    assert [c.out_channels % 16 for c in convolutions(last)] == [0] * len(convolutions(last))
+    assert (2, 2) in {shape[2:] for shape in last.shapes.values()}
     assert [m.weight.shape for m in convolutions(packed)[-4:]] == [m.weight.shape for m in convolutions(plain)[-4:]]
 
 
@@ -710,6 +719,7 @@ def test_a_packed_network_has_wider_and_fewer_pixels() -> None:
         "slices:257",
         "slices:4@9x1",
         "slices:8-4",
+        "slices:3-4",
         "slices:4-",
         "slices:0-4",
         "paper@2x2",

@@ -8,6 +8,7 @@ union, a gather before every reader and a scatter-add after every writer.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bar_edge.errors import InputError
-from bar_edge.export.packing import PLAIN, Packing, pack
+from bar_edge.export.packing import PLAIN, Packing, pack, packable
 from bar_edge.export.placement import (
     KINDS,
     Form,
@@ -64,18 +65,27 @@ def lower(network: Network, lowering: str) -> Network:
             f"a lowering for all {len(streams)} residual streams, or one for each", got=f"{len(forms)} in {lowering!r}"
         )
     forms = forms if len(forms) == len(streams) else forms * max(1, len(streams))
-    places: dict[fx.Node, Placement] = {}
-    for stream, form in zip(streams, forms, strict=False):
-        places |= stream_placements(network, found, stream, form)
-    places |= rounded_placements(network, found, places, _roundings(network, streams, forms))
-    lowered = _Lowerer(widen(network, places), forms).run()
-    return pack(lowered, _packings(network, streams, forms))
+    sizes = _sizes(network, streams)
+    packings = _packings(sizes, forms)
+    while True:
+        sized = zip(forms, sizes or [()], strict=True)  # without streams one form, of no size
+        forms = [dataclasses.replace(form, packing=packings.get(size, PLAIN)) for form, size in sized]
+        places: dict[fx.Node, Placement] = {}
+        for stream, form in zip(streams, forms, strict=False):
+            places |= stream_placements(network, found, stream, form)
+        places |= rounded_placements(network, found, places, _roundings(network, streams, forms))
+        lowered = _Lowerer(widen(network, places), forms).run()
+        packed = {lowered.shapes[node.name][2:] for node in packable(lowered, packings)}
+        if packed == packings.keys():
+            return pack(lowered, packings)
+        # widths of what cannot be packed are rounded as ever
+        packings = {size: packing for size, packing in packings.items() if size in packed}
 
 
-def count_streams(network: Network) -> int:
-    """Return the number of residual streams, each of which may have a form of its own."""
+def stream_sizes(network: Network) -> list[tuple[int, ...]]:
+    """Return the size of image of every residual stream, each of which may have a form of its own."""
     network = folded(network)
-    return len(residual_streams(network, passages(network)))
+    return _sizes(network, residual_streams(network, passages(network)))
 
 
 def folded(network: Network) -> Network:
@@ -107,13 +117,16 @@ def _roundings(network: Network, streams: list[Stream], forms: list[Form]) -> di
     return roundings
 
 
-def _packings(network: Network, streams: list[Stream], forms: list[Form]) -> dict[tuple[int, int], Packing]:
+def _sizes(network: Network, streams: list[Stream]) -> list[tuple[int, ...]]:
+    return [network.shapes[next(iter(stream.channels)).name][2:] for stream in streams]
+
+
+def _packings(sizes: list[tuple[int, ...]], forms: list[Form]) -> dict[tuple[int, ...], Packing]:
     """Return how the tensors of a size of image are packed: as the first stream of that size that is."""
-    packings: dict[tuple[int, int], Packing] = {}
-    for stream, form in zip(streams, forms, strict=False):
-        _, _, *pixels = network.shapes[next(iter(stream.channels)).name]
-        if len(pixels) == 2 and form.packing != PLAIN:
-            packings.setdefault((pixels[0], pixels[1]), form.packing)
+    packings: dict[tuple[int, ...], Packing] = {}
+    for size, form in zip(sizes, forms, strict=False):
+        if len(size) == 2 and form.packing != PLAIN:
+            packings.setdefault(size, form.packing)
     return packings
 
 

@@ -24,18 +24,18 @@ _INDEXED = {aten.index_select.default, aten.index_add.default}
 _BINARY = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
 
 
-def pack(network: Network, packings: Mapping[tuple[int, int], Packing]) -> Network:
+def pack(network: Network, packings: Mapping[tuple[int, ...], Packing]) -> Network:
     """Return an equal network whose tensors of the given sizes of image (H, W) hold blocks of pixels as channels.
 
     With a packing of (h, w) a tensor (N, C, H, W) becomes (N, C * h * w, H / h, W / w), as by pixel_unshuffle: one of
     few channels then fills a vector, for h * w times as many multiplications per convolution, most of them by zero.
     Only between convolutions that can: nothing is moved for it. The others stay as they are. The network is used up.
     """
-    found = {} if all(packing == PLAIN for packing in packings.values()) else _packable(network, packings)
+    found = packable(network, packings)
     return _Packer(network, found).run() if found else network
 
 
-def _packable(network: Network, packings: Mapping[tuple[int, int], Packing]) -> dict[fx.Node, Packing]:
+def packable(network: Network, packings: Mapping[tuple[int, ...], Packing]) -> dict[fx.Node, Packing]:
     """Return the packings of as many tensors as possible, such that whatever makes or reads one can."""
     found: dict[fx.Node, Packing] = {}
     for node in network.nodes:
@@ -133,7 +133,9 @@ class _Packer:
         elif node.target in _INDEXED:
             index = self.root.get_buffer(args[2].target)
             attach(
-                self.root, f"{node.name}_packed", (k * index[:, None] + torch.arange(k, device=index.device)).flatten()
+                self.root,
+                f"{node.name}_packed",
+                (k * index.reshape(-1, 1) + torch.arange(k, device=index.device)).flatten(),
             )
             made[args[2]] = self.graph.get_attr(f"{node.name}_packed")
         args, kwargs = fx.map_arg((args, node.kwargs), made.__getitem__)

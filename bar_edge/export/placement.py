@@ -65,10 +65,12 @@ class Form:
         """Read `slices`, `blocks:16`, `slices:4-16` or `regular@2x2`; raises InputError for anything else."""
         found = re.fullmatch(r"([a-z-]+)(?::(?:([1-9]\d{0,2})-)?([1-9]\d{0,2}))?(?:@([1-8])x([1-8]))?", text)
         kind, numbers = found[1] if found else "", [int(n or 0) for n in (found.groups()[1:] if found else ())]
-        if found is None or kind not in KINDS or numbers[1] > 256 or numbers[0] >= max(1, numbers[1]):
+        divides = not numbers or numbers[0] == 0 or numbers[0] < numbers[1] == numbers[1] // numbers[0] * numbers[0]
+        if found is None or kind not in KINDS or numbers[1] > 256 or not divides:
             raise InputError(
-                f"a lowering: {', '.join(KINDS)}, or with widths rounded up, as in slices:16, those below 16 to "
-                "multiples of 4 only, as in slices:4-16, and pixels packed into channels, as in regular:16@2x2",
+                f"a lowering: {', '.join(KINDS)}, or with widths rounded up to multiples of at most 256, as in "
+                "slices:16, those below 16 to multiples of a part of it, as in slices:4-16, and blocks of at most 8x8 "
+                "pixels packed into channels, as in regular:16@2x2",
                 got=repr(text),
                 remedy="choose one of these, or one per residual stream with commas between them",
             )

@@ -192,7 +192,7 @@ class _Placer:
         else:
             scale = np.abs(weight).max(tuple(i for i in range(weight.ndim) if i != out_axis)) / highest
         input_scale = graph.array(self.grids[node.input[0]][0])
-        shift: np.ndarray = graph.array(bias) if bias else np.zeros(1, np.float32)
+        shift: np.ndarray = graph.array(bias) if bias else np.zeros(len(weight), np.float32)
         if bias and self.recipe.bias == "int32":
             scale = np.maximum(scale, np.abs(shift) / (input_scale * _BIAS_LIMIT))
         scale = np.asarray(np.where(scale > 0, scale, 1), np.float32)
@@ -202,10 +202,10 @@ class _Placer:
         if node.input[0] in self.means and (bias or node.op_type == "Conv"):
             error = integers * scale.reshape(shape) - weight
             shift = shift - mean_response(node, error, self.means[node.input[0]])
-        elif self.recipe.bias == "every" and not bias and node.op_type == "Conv":
-            shift = np.full(len(weight), NO_BIAS)
-        elif not bias:
+        elif not (bias or (self.recipe.bias == "every" and node.op_type == "Conv")):
             return made
+        if self.recipe.bias == "every" and not shift.any():
+            shift = np.full_like(shift, NO_BIAS)
         if self.recipe.bias == "int32":
             bias_scale = np.broadcast_to(scale * input_scale, shift.shape).astype(np.float32)
             limits = np.iinfo(np.int32)
