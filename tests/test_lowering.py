@@ -524,8 +524,18 @@ def test_unknown_form_lists_the_known() -> None:
     _, sliced, _ = sliced_network("joined")
     with pytest.raises(InputError, match="zero-filled"):
         lower(sliced, "magic")
-    for text in ("slices:0", "slices:x", "slices:", "paper:4", ""):
-        with pytest.raises(InputError, match="lowering"):
+    roundings = ["0", "x", "", "257", "8-4", "3-4", "4-", "0-4", "4@9x1"]
+    for text in [
+        "",
+        "paper:4",
+        "paper@2x2",
+        "slices@",
+        "slices@2",
+        "slices@0x2",
+        "slices@2x2:4",
+        *(f"slices:{r}" for r in roundings),
+    ]:
+        with pytest.raises(InputError, match="a lowering: slices"):
             lower(sliced, text)
 
 
@@ -688,7 +698,9 @@ def test_what_cannot_be_packed_stays(name: str) -> None:
     plain, packed, images = packed_pair(*UNPACKED[name], "regular@2x2")
     assert difference(plain(images).detach(), packed(images).detach()) < FLOAT64
     assert [m.weight.shape for m in convolutions(packed)] == [m.weight.shape for m in convolutions(plain)]
-    # nor by a packing that does not divide the image
+
+
+def test_a_packing_that_does_not_divide_the_image_changes_nothing() -> None:
     plain, packed, _ = packed_pair(*PACKED["nothing"], "regular@3x3")
     assert packed.shapes == plain.shapes
 
@@ -701,31 +713,12 @@ def test_a_packed_network_has_wider_and_fewer_pixels() -> None:
     assert wide.out_channels % 16 == 0 and wide.out_channels == 4 * first.out_channels
     assert (wide.kernel_size, wide.stride, wide.padding) == ((4, 4), (2, 2), (1, 1))
     assert all(shape[2:] != (8, 8) for name, shape in packed.shapes.items() if name != "x")
-    # the streams behind it are what they were, and what cannot be packed is rounded as without
-    last = lower(sliced, "regular:16@2x2")
-    assert [c.out_channels % 16 for c in convolutions(last)] == [0] * len(convolutions(last))
-    assert (2, 2) in {shape[2:] for shape in last.shapes.values()}
+    # the streams behind it are what they were
     assert [m.weight.shape for m in convolutions(packed)[-4:]] == [m.weight.shape for m in convolutions(plain)[-4:]]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "slices@",
-        "slices@2",
-        "slices@0x2",
-        "slices@2x2:4",
-        "slices:0",
-        "slices:257",
-        "slices:4@9x1",
-        "slices:8-4",
-        "slices:3-4",
-        "slices:4-",
-        "slices:0-4",
-        "paper@2x2",
-    ],
-)
-def test_a_lowering_that_does_not_exist_is_refused(text: str) -> None:
+def test_what_cannot_be_packed_is_rounded_as_without() -> None:
     _, sliced, _ = sliced_network("wrn-16-1")
-    with pytest.raises(InputError, match="a lowering: slices"):
-        lower(sliced, text)
+    packed = lower(sliced, "regular:16@2x2")
+    assert not any(c.out_channels % 16 for c in convolutions(packed))
+    assert (2, 2) in {shape[2:] for shape in packed.shapes.values()}  # the last stage, which is pooled

@@ -19,8 +19,9 @@ aten = torch.ops.aten
 #: rows and columns of pixels that become channels of one pixel
 Packing = tuple[int, int]
 PLAIN: Packing = (1, 1)
-#: what makes or reads a packed tensor channel by channel, if that is its second axis
+#: operators whose third argument says which channels they mean
 _INDEXED = {aten.index_select.default, aten.index_add.default}
+#: operators of two tensors, element by element
 _BINARY = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
 
 

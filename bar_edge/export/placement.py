@@ -64,9 +64,9 @@ class Form:
     def parse(text: str) -> Form:
         """Read `slices`, `blocks:16`, `slices:4-16` or `regular@2x2`; raises InputError for anything else."""
         found = re.fullmatch(r"([a-z-]+)(?::(?:([1-9]\d{0,2})-)?([1-9]\d{0,2}))?(?:@([1-8])x([1-8]))?", text)
-        kind, numbers = found[1] if found else "", [int(n or 0) for n in (found.groups()[1:] if found else ())]
-        divides = not numbers or numbers[0] == 0 or numbers[0] < numbers[1] == numbers[1] // numbers[0] * numbers[0]
-        if found is None or kind not in KINDS or numbers[1] > 256 or not divides:
+        kind = next((kind for kind in KINDS if found and kind == found[1]), None)
+        narrow, rounding, height, width = (int(n or 0) for n in found.groups()[1:]) if found else (0, 0, 0, 0)
+        if kind is None or rounding > 256 or (narrow and (narrow >= rounding or rounding % narrow)):
             raise InputError(
                 f"a lowering: {', '.join(KINDS)}, or with widths rounded up to multiples of at most 256, as in "
                 "slices:16, those below 16 to multiples of a part of it, as in slices:4-16, and blocks of at most 8x8 "
@@ -74,9 +74,7 @@ class Form:
                 got=repr(text),
                 remedy="choose one of these, or one per residual stream with commas between them",
             )
-        narrow, rounding, height, width = numbers
-        known = next(known for known in KINDS if known == kind)
-        return Form(known, rounding or 1, (height or 1, width or 1), narrow)
+        return Form(kind, rounding or 1, (height or 1, width or 1), narrow)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
