@@ -12,28 +12,25 @@ from typing import Any
 
 import torch
 
-from bar_edge import targets
 from bar_edge.bench import bench_onnx, compare, load_measurement, meets, runtimes_here, save_measurement, summary
-from bar_edge.choice import choose_lowering
-from bar_edge.closing import close_loop
 from bar_edge.config import RunConfig, read_toml, run_config
 from bar_edge.data.memory import RANDOM, random_data
 from bar_edge.errors import InputError
-from bar_edge.export.artifact import ArtifactSpec, write_artifact
-from bar_edge.export.lowering import lower
-from bar_edge.export.onnx import Preprocessing, parity_onnx
-from bar_edge.export.torch_source import write_torch_source
-from bar_edge.export.verify import MANIFEST, verify_artifact
+from bar_edge.files import read_json, write_json
+from bar_edge.latency_budget.measured_loop import close_loop
+from bar_edge.latency_budget.profile_device import plot_table, profile_network
+from bar_edge.lowering.lower import lower
 from bar_edge.methods import GateLayout, smallest_cost
 from bar_edge.models import load_weights
 from bar_edge.network import Network, count, is_network_folder
-from bar_edge.network.cost import count_executed
-from bar_edge.preflight import modes_apart, preflight
-from bar_edge.profiling import plot_table, profile_network
-from bar_edge.records import Budget, ChannelPlan, read_json, write_json
+from bar_edge.network.counted_cost import count_executed
+from bar_edge.progress import NoProgress, Progress
+from bar_edge.records import Budget, ChannelPlan
+from bar_edge.records.latency_table import LatencyTable
 from bar_edge.report import write_report
-from bar_edge.run import PARITY_LIMIT, Run, check_folder, describe_budget, masked_parity, versions
-from bar_edge.specs import (
+from bar_edge.runs.inspection import modes_apart, preflight
+from bar_edge.runs.run_folder import PARITY_LIMIT, Run, check_folder, describe_budget, masked_parity, versions
+from bar_edge.runs.specs import (
     SAMPLE_IMAGES,
     build_module,
     read_data,
@@ -43,8 +40,13 @@ from bar_edge.specs import (
     trace_module,
 )
 from bar_edge.surgery import slice_network
-from bar_edge.table import LatencyTable
-from bar_edge.training import NoProgress, Progress, load_task
+from bar_edge.targets import target as targets
+from bar_edge.targets.artifact import ArtifactSpec, write_artifact
+from bar_edge.targets.form_search import choose_lowering
+from bar_edge.targets.onnx.file import Preprocessing, parity_onnx
+from bar_edge.targets.torch_source.source import write_torch_source
+from bar_edge.targets.verify import MANIFEST, verify_artifact
+from bar_edge.training import load_task
 from bar_edge_calibration.recipe import load_recipe
 
 SAMPLES = 8

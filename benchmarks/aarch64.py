@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from bar_edge.data import load_data
-from bar_edge.export.artifact import ArtifactSpec, write_artifact
-from bar_edge.export.bundle import write_bundle
-from bar_edge.export.lowering import lower
+from bar_edge.files import read_json, write_json
+from bar_edge.lowering.lower import lower
 from bar_edge.network import Network
-from bar_edge.records import read_json, write_json
+from bar_edge.targets.artifact import ArtifactSpec, write_artifact
+from bar_edge.targets.tensorrt.bundle import write_bundle
 
 SUITE, MIRROR = "bookworm", "http://deb.debian.org/debian"
 PYTHON_PACKAGES = """

@@ -3,8 +3,8 @@
     python benchmarks/any_cnn.py
     python benchmarks/any_cnn.py --onnx --beside densenet121 unet
 
-For every network of the zoo and of tests/architectures.py at its published width and input: seconds to trace, to
-plan (4x FLOPs, random order) and to slice (one thread, the median of three; CPU time, and wall time of all three
+For every network of the zoo and of tests/network/architectures.py at its published width and input: seconds to trace,
+to plan (4x FLOPs, random order) and to slice (one thread, the median of three; CPU time, and wall time of all three
 stages together: run it on an idle machine), the prunable share, and
 the memory that slicing adds at its peak when nothing is removed, as a multiple of the weights (Linux only); and,
 float64 with random masks at 25, 50 and 90 % on narrow copies, the largest difference between the sliced network
@@ -34,17 +34,18 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the architectures and the reference are the tests'
-from bar_edge.export.lowering import lower
-from bar_edge.export.onnx import export_onnx
-from bar_edge.export.parity import cpu_session
+from bar_edge.files import read_json, write_json
+from bar_edge.lowering.lower import lower
 from bar_edge.methods import GateLayout, random_plan, smallest_cost
 from bar_edge.models import build
 from bar_edge.network import Network, count, trace
-from bar_edge.records import ChannelPlan, read_json, write_json
-from bar_edge.run import versions
+from bar_edge.records import ChannelPlan
+from bar_edge.runs.run_folder import versions
 from bar_edge.surgery import relative_difference, slice_network
-from tests.architectures import ARCHITECTURES, Architecture
+from bar_edge.targets.onnx.file import export_onnx
+from bar_edge.targets.onnx.parity import cpu_session
 from tests.meaning import masked_answer
+from tests.network.architectures import ARCHITECTURES, Architecture
 from tests.reference import contrasting, randomise
 
 REMOVED = (0.25, 0.5, 0.9)

@@ -20,10 +20,10 @@ import torch
 
 from bar_edge.bench import RUNTIMES, bench_onnx, summary
 from bar_edge.errors import EnvironmentLacks
-from bar_edge.export.onnx import export_onnx
+from bar_edge.files import write_json
 from bar_edge.models import build
 from bar_edge.network import trace
-from bar_edge.records import write_json
+from bar_edge.targets.onnx.file import export_onnx
 
 RUNS, AIM = 3, 0.03
 

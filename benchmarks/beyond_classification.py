@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from bar_edge.config import BarConfig, RunConfig, TrainConfig
 from bar_edge.data.readers import read_digits
+from bar_edge.files import read_json, write_json
 from bar_edge.pipeline import prune
-from bar_edge.records import read_json, write_json
 
 SIZE, DIGIT, STRIDE = 32, 8, 4
 GRID = SIZE // STRIDE

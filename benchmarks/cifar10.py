@@ -23,11 +23,10 @@ import torch
 
 from bar_edge.config import RunConfig, TrainConfig
 from bar_edge.data import DataSource, load_data
+from bar_edge.files import write_json
 from bar_edge.network import Network
 from bar_edge.pipeline import prune
-from bar_edge.records import write_json
-from bar_edge.training import NoProgress
-from bar_edge.training.journal import Record
+from bar_edge.progress import NoProgress, Record
 
 #: what later work measures on, copied from every finished run
 KEPT_FILES = ("plan.json", "result.json", "config.toml", "network/network.json", "network/weights.safetensors")

@@ -20,15 +20,16 @@ from typing import Any
 
 from bar_edge.bench import bench_onnx
 from bar_edge.bench.statistics import median_ms
-from bar_edge.closing import correct
 from bar_edge.config import RunConfig, TrainConfig
+from bar_edge.files import read_json, write_json
+from bar_edge.latency_budget.measured_loop import correct
 from bar_edge.methods import GateLayout, smallest_cost
 from bar_edge.pipeline import deploy, export_run, profile, prune
-from bar_edge.records import ChannelPlan, read_json, write_json
-from bar_edge.run import Run
-from bar_edge.specs import read_data, read_network
-from bar_edge.table import LatencyTable
-from bar_edge.training import NoProgress
+from bar_edge.progress import NoProgress
+from bar_edge.records import ChannelPlan
+from bar_edge.records.latency_table import LatencyTable
+from bar_edge.runs.run_folder import Run
+from bar_edge.runs.specs import read_data, read_network
 
 RESULTS = Path(__file__).parent / "results" / "closed_loop.json"
 #: budgets, as shares of the dense network's latency, and which of them are compared

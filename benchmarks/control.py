@@ -20,15 +20,15 @@ import torch
 
 from bar_edge.config import BarConfig, TrainConfig
 from bar_edge.data import DataSource, load_data
+from bar_edge.files import write_json
 from bar_edge.methods import BAR, GateLayout
-from bar_edge.methods.barrier import BudgetSchedule, barrier
-from bar_edge.methods.cost import GateCost
-from bar_edge.methods.gate_optimizer import BalancedSteps
-from bar_edge.methods.hard_concrete import is_open, probability_open
+from bar_edge.methods.bar.barrier import BudgetSchedule, barrier
+from bar_edge.methods.bar.gate_optimizer import BalancedSteps
+from bar_edge.methods.gating.gate_cost import GateCost
+from bar_edge.methods.gating.hard_concrete import is_open, probability_open
 from bar_edge.models import build
 from bar_edge.network import Network, trace
-from bar_edge.records import write_json
-from bar_edge.run import versions
+from bar_edge.runs.run_folder import versions
 from bar_edge.surgery import slice_network
 from bar_edge.training import evaluate, load_task, train
 from bar_edge_calibration import reestimate_batchnorm

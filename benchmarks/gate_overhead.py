@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from bar_edge.files import write_json
 from bar_edge.methods import BAR
 from bar_edge.models import build
 from bar_edge.network import trace
-from bar_edge.records import write_json
-from bar_edge.run import versions
+from bar_edge.runs.run_folder import versions
 
 BATCH = 128
 

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from bar_edge.bench import Measurement, bench_onnx, compare, median_interval
 from bar_edge.bench.runner import interleave, warm_up
 from bar_edge.errors import BarEdgeError, EnvironmentLacks
-from bar_edge.export.lowering import PAPER, lower
-from bar_edge.export.onnx import export_onnx
+from bar_edge.files import write_json
+from bar_edge.lowering.lower import PAPER, lower
 from bar_edge.models import build
 from bar_edge.network import Network, trace
-from bar_edge.records import write_json
-from bar_edge.run import versions
+from bar_edge.runs.run_folder import versions
 from bar_edge.surgery import slice_network
 from bar_edge.surgery.masked import relative_difference
+from bar_edge.targets.onnx.file import export_onnx
 from benchmarks.masks import CELLS, uneven_plan
 
 #: tensor cores take channels by eights in half precision

@@ -44,15 +44,15 @@ from bar_edge.bench import bench_onnx, compare
 from bar_edge.bench.statistics import median_ms
 from bar_edge.data import DataSource, Split, load_data
 from bar_edge.errors import BarEdgeError
-from bar_edge.export.lowering import lower
-from bar_edge.export.onnx import export_onnx
-from bar_edge.export.trt_check import require_accepted
-from bar_edge.export.trt_operators import VERSIONS
+from bar_edge.files import read_json, write_json
+from bar_edge.lowering.lower import lower
 from bar_edge.models import ZOO, build
 from bar_edge.network import Network, trace
-from bar_edge.records import read_json, write_json
-from bar_edge.run import versions
+from bar_edge.runs.run_folder import versions
 from bar_edge.surgery import slice_network
+from bar_edge.targets.onnx.file import export_onnx
+from bar_edge.targets.tensorrt.check import require_accepted
+from bar_edge.targets.tensorrt.operators import VERSIONS
 from bar_edge_calibration.collect import random_images
 from bar_edge_calibration.islands import float_islands
 from bar_edge_calibration.quantize import Promise, quantize

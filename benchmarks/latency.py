@@ -18,15 +18,16 @@ import numpy as np
 import torch
 
 from bar_edge.bench import bench_onnx
-from bar_edge.bench.profile import undisturbed_ms
-from bar_edge.choice import CANDIDATES
+from bar_edge.files import read_json, write_json
+from bar_edge.latency_budget.operation_prices import undisturbed_ms
+from bar_edge.latency_budget.profile_device import export_plan, profile_network
 from bar_edge.methods import GateLayout
 from bar_edge.models import build
 from bar_edge.network import Network, count, trace
 from bar_edge.pipeline import plot_table
-from bar_edge.profiling import export_plan, profile_network
-from bar_edge.records import ChannelPlan, read_json, write_json
-from bar_edge.table import LatencyTable
+from bar_edge.records import ChannelPlan
+from bar_edge.records.latency_table import LatencyTable
+from bar_edge.targets.form_search import CANDIDATES
 from benchmarks.masks import uneven_plan
 
 HERE = Path(__file__).parent / "results" / "latency"

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, fx
 
 from bar_edge.methods import GateLayout
-from bar_edge.methods.projection import project
+from bar_edge.methods.gating.projection import project
 from bar_edge.network import Network, count
 from bar_edge.records import ChannelPlan
-from bar_edge.surgery.order import streams
+from bar_edge.surgery.stream_order import streams
 
 #: network -> input shape, factors of the volume, seeds; wrn-28-12 carries the claims
 CELLS: dict[str, tuple[tuple[int, ...], tuple[int, ...], range]] = {

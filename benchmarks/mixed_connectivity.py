@@ -28,17 +28,17 @@ import torch
 
 from bar_edge.bench import bench_onnx, compare
 from bar_edge.bench.statistics import median_ms
-from bar_edge.choice import CANDIDATES, choose_lowering
-from bar_edge.export.lowering import lower
-from bar_edge.export.onnx import export_onnx
-from bar_edge.export.widen import regular_form
+from bar_edge.files import read_json, write_json
+from bar_edge.lowering.lower import lower
+from bar_edge.lowering.widen import regular_form
 from bar_edge.models import build
 from bar_edge.network import Network, count, trace
-from bar_edge.network.cost import count_executed
-from bar_edge.records import read_json, write_json
-from bar_edge.run import versions
+from bar_edge.network.counted_cost import count_executed
+from bar_edge.runs.run_folder import versions
 from bar_edge.surgery import slice_network
-from bar_edge.targets import faster_recipe, for_speed
+from bar_edge.targets.form_search import CANDIDATES, choose_lowering
+from bar_edge.targets.onnx.file import export_onnx
+from bar_edge.targets.target import faster_recipe, for_speed
 from benchmarks.masks import CELLS, uneven_plan
 
 HERE = Path(__file__).parent / "results"

@@ -32,15 +32,15 @@ from torch import Tensor, nn
 from bar_edge.bench import bench_onnx, compare, runner
 from bar_edge.bench.statistics import median_ms
 from bar_edge.data import DataSource, Split, load_data
-from bar_edge.export.lowering import lower, stream_sizes
-from bar_edge.export.onnx import export_onnx
-from bar_edge.export.parity import difference, relative
-from bar_edge.export.precision import to_half
+from bar_edge.files import read_json, write_json
+from bar_edge.lowering.lower import lower, stream_sizes
 from bar_edge.models import build
 from bar_edge.network import Network, trace
-from bar_edge.records import read_json, write_json
-from bar_edge.run import versions
+from bar_edge.runs.run_folder import versions
 from bar_edge.surgery import slice_network
+from bar_edge.targets.onnx.file import export_onnx
+from bar_edge.targets.onnx.parity import difference, relative
+from bar_edge.targets.onnx.precision import to_half
 from bar_edge_calibration.batchnorm import reestimate_batchnorm
 from bar_edge_calibration.collect import random_images
 from bar_edge_calibration.quantize import quantize

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bar_edge.errors import InputError
-from bar_edge.export.lowering import LOWERINGS, lower
+from bar_edge.lowering.lower import LOWERINGS, lower
 from bar_edge.methods import BAR, GateLayout, smallest_cost
-from bar_edge.methods.gates import GatedNetwork
-from bar_edge.methods.projection import project, protected_gates
-from bar_edge.network import MixedAdd, Network, cost, count, prunable, trace
+from bar_edge.methods.gating.gated_network import GatedNetwork
+from bar_edge.methods.gating.projection import project, protected_gates
+from bar_edge.network import MixedAdd, Network, count, counted_cost, prunable, trace
+from bar_edge.network.leaves import PartialNorm
 from bar_edge.network.liveness import held_channels
-from bar_edge.network.mixed import PartialNorm
 from bar_edge.records import ChannelPlan
 from bar_edge.surgery import masked_outputs, relative_difference, slice_network
 from tests.meaning import masked_answer
@@ -492,13 +492,13 @@ def test_writers_are_copied_to_a_device_once() -> None:
 def test_a_projection_analyses_the_network_once(monkeypatch: pytest.MonkeyPatch) -> None:
     _, network, _ = traced(Net(lambda s, x: s.h(F.relu(s.b(s.a(x)))), a=conv(3, 32), b=conv(32, 32), h=conv(32, 2)))
     layout, calls = GateLayout(network), list[None]()
-    analysed, scores = cost.units, torch.rand(layout.size, generator=torch.Generator().manual_seed(0))
+    analysed, scores = counted_cost.units, torch.rand(layout.size, generator=torch.Generator().manual_seed(0))
 
     def counted(*args: Any) -> Any:
         calls.append(None)
         return analysed(*args)
 
-    monkeypatch.setattr(cost, "units", counted)
+    monkeypatch.setattr(counted_cost, "units", counted)
     project(layout, scores, torch.ones(layout.size, dtype=torch.bool), "volume", count(network).volume / 2)
     assert len(calls) == 1  # that is `count` above
 

@@ -123,7 +123,7 @@ def load_tensorrt(path: Path, name: str, settings: Settings) -> Loaded:
     if sys.version_info < (3, 10):
         raise Problem("EnvironmentLacks", "Python 3.10 for TensorRT", f"Python {platform.python_version()}")
     sys.path.insert(0, settings.modules)
-    ours = importlib.import_module("bar_edge.export.tensorrt")
+    ours = importlib.import_module("bar_edge.targets.tensorrt.engine")
     engine_path = path.with_suffix(".engine")
     try:
         with tempfile.TemporaryDirectory() as scratch:

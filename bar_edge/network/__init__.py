@@ -1,7 +1,7 @@
 """Networks as graphs: tracing, channel spaces, costs, saving and loading."""
 
-from bar_edge.network.cost import LayerCount, count, layers, prunable
-from bar_edge.network.mixed import Expand, MixedAdd
+from bar_edge.network.counted_cost import LayerCount, count, layers, prunable
+from bar_edge.network.leaves import Expand, MixedAdd
 from bar_edge.network.network import Network, is_network_folder
 from bar_edge.network.trace import trace
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from bar_edge.network.mixed import Expand, MixedAdd, PartialNorm
+from bar_edge.network.leaves import Expand, MixedAdd, PartialNorm
 from bar_edge.network.movement import BROADCASTS, COPIES, MOVEMENTS, many_to_one, moved, numbered, one_to_one
 from bar_edge.network.network import Network
 

@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
 from bar_edge.errors import InputError
-from bar_edge.network.codec import FORMAT, describe, rebuild, tie, without_aliases
-from bar_edge.records import read_json, write_json
+from bar_edge.files import read_json, write_json
+from bar_edge.network.graph_json import FORMAT, describe, rebuild, tie, without_aliases
 
 #: how a flat tuple of outputs is returned: an index, or {"tuple" | "list": [...]} or {"dict": {name: ...}} of such
 Structure = Any

@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from bar_edge.errors import InputError
-from bar_edge.network.batch import mixing_node
+from bar_edge.network.batch_independence import mixing_node
 from bar_edge.network.channels import numbers_from
-from bar_edge.network.codec import attach
+from bar_edge.network.graph_json import attach
 from bar_edge.network.movement import COPIES, MOVEMENTS, numbered
 from bar_edge.network.network import Network, structure_of
 

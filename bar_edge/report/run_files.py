@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bar_edge.errors import InputError
-from bar_edge.records import read_json
+from bar_edge.files import read_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

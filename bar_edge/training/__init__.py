@@ -1,10 +1,9 @@
 """Training on Lightning Fabric: tasks, phases, distillation and resume."""
 
 from bar_edge.training.hardware import choose_device, choose_precision
-from bar_edge.training.journal import Journal, Record
+from bar_edge.training.journal import Journal
 from bar_edge.training.loop import evaluate, train
 from bar_edge.training.optimizers import Phase
-from bar_edge.training.progress import NoProgress, Progress
 from bar_edge.training.pruner import Pruner
 from bar_edge.training.tasks import TASKS, Distills, Task, load_task
 
@@ -12,11 +11,8 @@ __all__ = [
     "TASKS",
     "Distills",
     "Journal",
-    "NoProgress",
     "Phase",
-    "Progress",
     "Pruner",
-    "Record",
     "Task",
     "choose_device",
     "choose_precision",

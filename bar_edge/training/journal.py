@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from bar_edge.errors import InputError
-
-Record = dict[str, Any]
+from bar_edge.progress import Record
 
 
 class Journal:

@@ -1,0 +1,42 @@
+"""Files that are whole or not there: a temporary name, then a rename."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from bar_edge.errors import InputError
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write to a temporary name beside `path`, then rename: the old file stays whole until then.
+
+    Raises InputError where that cannot be done.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(
+            f"a place to write {path.name}",
+            got=error.strerror or type(error).__name__,
+            consequence="no file was written",
+        ) from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON as `write_bytes` does."""
+    write_bytes(path, (json.dumps(data, indent=1, sort_keys=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; raises InputError if the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        got = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise InputError(f"a JSON file at {path.name}", got=str(got), remedy="correct the path") from error

@@ -1,0 +1,1 @@
+"""Budgets in milliseconds: tables of a device, and the loop that measures."""

@@ -1,0 +1,1 @@
+"""How mixed additions run in a runtime: forms, placements, packing."""

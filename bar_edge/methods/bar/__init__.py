@@ -1,0 +1,1 @@
+"""Budget-Aware Regularization (Lemaire et al., CVPR 2019)."""

@@ -1,0 +1,1 @@
+"""A run on disk: its folder, what a SPEC names, what can be pruned."""

@@ -1,0 +1,346 @@
+"""One RUN folder on its way: dense, pruned, sliced, tuned, judged; every stage that is done is not done again."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.metadata
+import itertools
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bar_edge.config import RunConfig, TrainConfig, to_toml
+from bar_edge.data import DataSource, Split
+from bar_edge.errors import InputError
+from bar_edge.files import read_json, write_json
+from bar_edge.lowering.widen import regular_form
+from bar_edge.methods import BAR, GateLayout, budget_limit, random_plan
+from bar_edge.methods.distillation import soft_cross_entropy
+from bar_edge.methods.gating.projection import project
+from bar_edge.network import Network, count, is_network_folder, layers
+from bar_edge.progress import Progress
+from bar_edge.records import Budget, ChannelPlan
+from bar_edge.records.latency_table import LatencyTable
+from bar_edge.runs.specs import portable, read_data, read_network, sample_images, with_weights
+from bar_edge.surgery import masked_outputs, relative_difference, slice_network
+from bar_edge.training import Distills, Journal, Phase, Task, evaluate, load_task, train
+from bar_edge_calibration import reestimate_batchnorm
+
+REESTIMATION_BATCHES = 50
+#: masked against sliced on real images, in float64
+PARITY_LIMIT = 1e-9
+
+
+class Run:
+    """One RUN folder on its way; every stage is skipped if an interrupted run had finished it."""
+
+    def __init__(self, config: RunConfig, out: Path, resume: bool, progress: Progress) -> None:
+        config = portable(config)
+        self.config, self.out, self.progress = config, out, progress
+        self.task: Task = load_task(config.task)
+        self.data: DataSource = read_data(config)
+        torch.manual_seed(config.seed)
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+        self.network = read_network(config.model, config.model_arg, self.data.input_shape, len(self.data.classes))
+        if config.weights:
+            self.network = with_weights(config.model, config.model_arg, self.data, Path(config.weights))
+        self.table = LatencyTable.load(Path(config.table)) if config.table else None
+        self.layout = self._layout(self.network)
+        self.budget = Budget.parse(config.budget)
+        self.limit = budget_limit(self.layout, self.budget)
+        check_folder(out, resume)
+        _prepare_folder(out, to_toml(config))
+        self.journal = Journal(out, resume=resume)
+
+    def finished(self) -> bool:
+        """Tell whether the folder holds a result of this configuration."""
+        return (self.out / "result.json").is_file()
+
+    def dense(self) -> Network:
+        """Return the trained dense network, RUN/dense; given weights are not trained again."""
+        folder = self.out / "dense"
+        if is_network_folder(folder):
+            return Network.load(folder)
+        network = copy.deepcopy(self.network)
+        if not self.config.weights:
+            self._train(network, "dense")
+        network.save(folder)
+        return network
+
+    def teacher(self, dense: Network) -> nn.Module:
+        """Return whom the student learns from: --teacher, or the dense network."""
+        if not self.config.teacher:
+            return copy.deepcopy(dense).eval()
+        return with_weights(self.config.model, self.config.model_arg, self.data, Path(self.config.teacher)).eval()
+
+    def pruned(self, dense: Network, teacher: nn.Module) -> tuple[Network, ChannelPlan, int]:
+        """Return the sliced network before fine-tuning, its plan and how many gates the projection closed."""
+        folder, plan_file = self.out / "checkpoints" / "sliced", self.out / "plan.json"
+        if plan_file.is_file():
+            state = read_json(folder / "state.json")
+            self.parity = float(state["parity"])
+            self.end = state["end"]
+            return Network.load(folder), ChannelPlan.from_json(read_json(plan_file)), int(state["forced"])
+        if self.config.method == "bar":
+            folded, plan, forced = self._bar(dense, teacher)
+        else:
+            plan = random_plan(self._layout(dense), self.budget.metric, self.limit, self.config.seed)
+            folded, forced, self.end = dense, 0, {}
+        sliced = slice_network(folded, plan)
+        self.parity = masked_parity(folded, plan, sliced, self._images())
+        if self.config.method == "random":
+            self._train(sliced, "prune", teacher=teacher)
+        sliced.save(folder)
+        write_json(folder / "state.json", {"parity": self.parity, "forced": forced, "end": self.end})
+        write_json(plan_file, plan.to_json())
+        return sliced, plan, forced
+
+    def _bar(self, dense: Network, teacher: nn.Module) -> tuple[Network, ChannelPlan, int]:
+        c = self.config
+        steps = self.data.fit.n_batches(c.train.batch, True) * c.train.prune
+        pruner = BAR(
+            dense,
+            budget=c.budget,
+            steps=steps,
+            teacher=teacher if isinstance(self.task, Distills) else None,
+            config=c.bar,
+            distill=c.distill,
+            soft_loss=self.task.distill if isinstance(self.task, Distills) else soft_cross_entropy,
+            keep=c.keep,
+            round_to=c.round_to,
+            table=self.table,
+            seed=c.seed,
+        )
+        self._train(pruner.network, "prune", pruner=pruner)
+        if c.train.prune:
+            self._reestimate(pruner.network.eval())  # sampled gates left statistics that the final gates do not have
+        folded, plan, end = pruner.finish()
+        self.end = end
+        gates = pruner.network.gates  # what a measurement may ask to be projected again
+        found = {"scores": gates.log_alpha.detach().cpu().clone(), "opened": gates.opened().cpu()}
+        save_file(found, self.out / "checkpoints" / "gates.safetensors")
+        folded.save(self.out / "checkpoints" / "folded")
+        return folded, plan, int(end["forced"])
+
+    def corrected(self, limit: float) -> tuple[Network, ChannelPlan, int]:
+        """Project the scores that training left onto another limit in ms, slice, fine-tune for a third of the epochs.
+
+        A lower limit leaves channels out of the plan before, a higher one adds those that were closed last.
+        """
+        dense, tune = self.dense(), self.config.train.tune
+        teacher = self.teacher(dense)
+        if self.config.method == "bar":
+            folded = Network.load(self.out / "checkpoints" / "folded")
+            gates = load_file(self.out / "checkpoints" / "gates.safetensors")
+            everything = torch.ones_like(gates["opened"])
+            plan, closed = project(self._layout(folded), gates["scores"], everything, "ms", limit)
+            forced = max(0, closed - int((~gates["opened"]).sum()))
+        else:
+            folded, forced = dense, 0
+            plan = random_plan(self._layout(dense), "ms", limit, self.config.seed)
+        sliced = slice_network(folded, plan)
+        self.parity = masked_parity(folded, plan, sliced, self._images())
+        shorter = dataclasses.replace(self.config.train, tune=-(-tune // 3))
+        if self.config.method == "random":
+            self._train(sliced, "prune", teacher=teacher, again=shorter)
+        self.tune(sliced, teacher, shorter)
+        write_json(self.out / "plan.json", plan.to_json())
+        return sliced, plan, forced
+
+    def _layout(self, network: Network) -> GateLayout:
+        return GateLayout(network, keep=self.config.keep, round_to=self.config.round_to, table=self.table)
+
+    def tune(self, sliced: Network, teacher: nn.Module, again: TrainConfig | None = None) -> None:
+        """Fine-tune in place; without epochs, re-estimate BatchNorm and keep that if held-out images prefer it.
+
+        again: how, for a second time, which leaves no trace in the journal.
+        """
+        self.reestimated = False
+        if self.config.train.tune:
+            self._train(sliced, "tune", teacher=teacher, again=again)
+            return
+        before, kept = copy.deepcopy(sliced.state_dict()), self.evaluate(sliced, "held_out")
+        self._reestimate(sliced)
+        better = self.evaluate(sliced, "held_out") - kept
+        self.reestimated = better > 0 if self.task.higher_is_better else better < 0
+        if not self.reestimated:
+            sliced.load_state_dict(before)
+
+    def _reestimate(self, network: nn.Module) -> None:
+        """Measure BatchNorm statistics anew on training images."""
+        device, batch = next(network.parameters()).device, self.config.train.batch
+        batches = self.data.fit.batches(batch, train=True, seed=0, epoch=0, device=device, augment="none")
+        reestimate_batchnorm(network, (images for images, _ in itertools.islice(batches, REESTIMATION_BATCHES)))
+
+    def result(self, dense: Network, sliced: Network, plan: ChannelPlan, forced: int) -> dict[str, Any]:
+        """Read the test split once, write network/ and result.json, and return the result."""
+        sliced.save(self.out / "network")
+        full, counts, regular = count(dense), count(sliced), count(regular_form(sliced))
+        achieved = self.layout.cost(plan.kept, self.budget.metric)
+        metric = {"dense": self.evaluate(dense, "test"), "sliced": self.evaluate(sliced, "test")}
+        after = {layer.name: layer for layer in layers(dense, plan)}
+        result: dict[str, Any] = {
+            "schema": 1,
+            "verdict": False,
+            "method": self.config.method,
+            "model": self.config.model,
+            "data": self.data.name,
+            "seed": self.config.seed,
+            "metric": {"name": self.task.metric_name, "higher_is_better": self.task.higher_is_better},
+            "budget": {
+                "text": self.config.budget,
+                "unit": self.budget.metric,
+                "limit": self.limit,
+                "achieved": achieved,
+                "within": achieved <= self.limit,
+                "basis": "table" if self.budget.metric == "ms" else "counted",
+                "words": describe_budget(self.layout, self.budget)["words"],
+            },
+            "dense": {**dataclasses.asdict(full), "metric": metric["dense"]},
+            "sliced": {
+                **dataclasses.asdict(counts),
+                "metric": metric["sliced"],
+                "volume_regular": regular.volume,
+                "flops_regular": regular.flops,
+            },
+            "parity": {"masked_vs_sliced": self.parity, "sliced_vs_onnx": None},
+            "latency": [],
+            "layers": [
+                {
+                    "name": layer.name,
+                    "kind": layer.kind,
+                    "width": layer.out_channels,
+                    "kept": after[layer.name].out_channels,
+                    "area": layer.area,
+                }
+                for layer in layers(dense)
+                if layer.area
+            ],
+            "end_of_pruning": {**self.end, "forced": forced},
+            "batchnorm_reestimated": self.reestimated,
+            "max_drop": self.config.max_drop,
+            "input": {
+                "shape": list(self.data.input_shape),
+                "mean": list(self.data.mean),
+                "std": list(self.data.std),
+                "classes": list(self.data.classes),
+            },
+            "versions": versions(),
+        }
+        result["verdict"] = is_met(result)
+        write_json(self.out / "result.json", result)
+        return result
+
+    def evaluate(self, network: nn.Module, split: str) -> float:
+        """Return the task's metric of a network on a split."""
+        train = self.config.train
+        part: Split = getattr(self.data, split)
+        return evaluate(network, part, self.task, batch=train.batch, device=train.device, precision=train.precision)
+
+    def _train(
+        self,
+        network: nn.Module,
+        phase: Phase,
+        *,
+        teacher: nn.Module | None = None,
+        pruner: BAR | None = None,
+        again: TrainConfig | None = None,
+    ) -> None:
+        train(
+            network,
+            self.data,
+            self.task,
+            again or self.config.train,
+            phase,
+            seed=self.config.seed,
+            teacher=teacher,
+            distill=self.config.distill,
+            pruner=pruner,
+            journal=None if again else self.journal,
+            progress=self.progress,
+        )
+
+    def _images(self) -> Tensor:
+        return sample_images(self.data)
+
+
+def is_met(result: dict[str, Any]) -> bool:
+    """Tell whether a result is within its budget, computes what the masked network does and kept its metric."""
+    drop = result["dense"]["metric"] - result["sliced"]["metric"]
+    points = 100 * (drop if result["metric"]["higher_is_better"] else -drop)
+    kept = result["max_drop"] is None or points <= result["max_drop"]
+    return bool(result["budget"]["within"] and kept and result["parity"]["masked_vs_sliced"] <= PARITY_LIMIT)
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Refuse to overwrite another run."""
+    if (out / "config.toml").is_file() and not resume:
+        raise InputError(
+            "a folder without a run in it",
+            got=f"{out.name}, which holds one",
+            consequence="nothing was started, the earlier run is intact",
+            remedy="choose another --out, or go on with --resume",
+        )
+
+
+def _prepare_folder(out: Path, toml: str) -> None:
+    """Make the RUN folder; refuses to resume a run with other options."""
+    file = out / "config.toml"
+    if file.is_file():
+        if file.read_text(encoding="utf-8") != toml:
+            raise InputError(
+                "the options of the run that was stopped",
+                got=f"options that differ from {out.name}/config.toml",
+                consequence="nothing was started, the earlier run is intact",
+                remedy=f"give the same options, or --config {out.name}/config.toml",
+            )
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        temporary = out / ".config.toml.tmp"
+        temporary.write_text(toml, encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        raise InputError(
+            "a folder that can be written", got=f"{out.name}: {error.strerror}", remedy="choose another --out"
+        ) from error
+
+
+def masked_parity(folded: Network, plan: ChannelPlan, sliced: Network, images: Tensor) -> float:
+    """Return the difference between the masked and the sliced network on real images, in float64."""
+    double = images.double().cpu()
+    masked = masked_outputs(copy.deepcopy(folded).cpu().double(), plan, double)
+    with torch.no_grad():
+        return relative_difference(masked, copy.deepcopy(sliced).cpu().double().eval()(double))
+
+
+def describe_budget(layout: GateLayout, budget: Budget) -> dict[str, Any]:
+    """Return a budget in all units, with what a uniform scaling of all widths would cost."""
+    limit = budget_limit(layout, budget)
+    factor = layout.cost({}, budget.metric) / limit
+    flops = factor**2 if budget.metric == "volume" else factor
+    words = f"{factor:.4g}x {budget.metric} = {limit:,.0f}"
+    if budget.metric == "ms":
+        words = f"{limit:g} ms, {factor:.4g}x below the whole network by the table"
+        if factor <= 1:
+            words = f"{limit:g} ms, and the whole network takes {factor * limit:.4g} by the table: nothing to prune"
+    if budget.metric == "volume":
+        words += f", expect about {flops:.3g}x FLOPs if all widths shrink alike"
+    return {"text": budget.text, "unit": budget.metric, "limit": limit, "factor": factor, "words": words}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a result depends on."""
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    for package in ("bar-edge", "torch", "onnx", "onnxruntime", "onnxsim", "lightning-fabric", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,33 @@
+"""The modules that build and run a TensorRT engine, in one file for a device that has no bar-edge."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+MODULES = (
+    "errors.py",
+    "files.py",
+    "targets/tensorrt/cuda.py",
+    "targets/tensorrt/engine.py",
+    "targets/tensorrt/device_build.py",
+)
+_PACKAGES = ("", "targets/", "targets/tensorrt/")
+_MAIN = "import sys\n\nfrom bar_edge.targets.tensorrt.device_build import main\n\nsys.exit(main())\n"
+
+
+def packed() -> bytes:
+    """Return build.pyz: our own modules as they are, to be run by Python 3.10 or imported from."""
+    package = Path(__file__).resolve().parents[2]
+    modules = {
+        **{f"bar_edge/{folder}__init__.py": "" for folder in _PACKAGES},
+        **{f"bar_edge/{name}": (package / name).read_text(encoding="utf-8") for name in MODULES},
+        "__main__.py": _MAIN,
+    }
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in modules.items():
+            # a fixed date: the same modules give the same bytes
+            archive.writestr(zipfile.ZipInfo(name, (2000, 1, 1, 0, 0, 0)), text, zipfile.ZIP_DEFLATED)
+    return stream.getvalue()

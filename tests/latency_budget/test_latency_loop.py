@@ -1,0 +1,182 @@
+"""`deploy` with a budget in ms: what it does when the measurement misses, and what it says in the end."""
+
+import functools
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bar_edge import pipeline
+from bar_edge.config import RunConfig, TrainConfig
+from bar_edge.errors import InputError
+from bar_edge.files import read_json, write_json
+from bar_edge.latency_budget.measured_loop import ROUNDS
+from bar_edge.methods import GateLayout
+from bar_edge.models import build
+from bar_edge.network import Network, count, trace
+from bar_edge.records import ChannelPlan
+from bar_edge.records.latency_table import LatencyTable
+from tests.latency_budget.test_latency import made_up
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A made-up table of resnet20 on digits, and what the whole network takes by it."""
+    file = tmp_path_factory.mktemp("table") / "table.json"
+    table = made_up(dense())
+    table.save(file)
+    return file, GateLayout(dense(), table=table).cost({}, "ms")
+
+
+@functools.cache
+def dense() -> Network:
+    """A whole resnet20 for digits."""
+    return trace(build("resnet20", input_shape=(1, 8, 8), classes=10).eval(), torch.zeros(2, 1, 8, 8))
+
+
+def read_plan(out: Path) -> ChannelPlan:
+    return ChannelPlan.from_json(read_json(out / "plan.json"))
+
+
+def config(file: Path, budget_ms: float) -> RunConfig:
+    train = TrainConfig(dense=0, prune=0, tune=0, device="cpu")
+    return RunConfig(model="resnet20", budget=f"{budget_ms}ms", table=str(file), train=train)
+
+
+class Device:
+    """Stands for exporting and measuring: takes `latency(ms by the table)`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, latency: Callable[[float], float]) -> None:
+        self.latency, self.exported = latency, list[dict[str, Any]]()
+        self.noise = itertools.cycle([1.0, 1.004, 0.997])
+        monkeypatch.setattr(pipeline, "export_run", self.export)
+        monkeypatch.setattr(pipeline, "bench", self.bench)
+
+    def export(self, run: Path, **options: Any) -> dict[str, Any]:
+        by_table = read_json(run / "result.json")["budget"]["achieved"]
+        self.exported.append({**options, "by_table": by_table})
+        artifact = run / "artifacts" / "onnx-fp32"
+        artifact.mkdir(parents=True, exist_ok=True)
+        write_json(artifact / "by_table.json", by_table)
+        return {"verdict": True, "bytes": 1, "artifact": str(artifact)}
+
+    def bench(self, artifact: Path, **_: Any) -> dict[str, Any]:
+        ms = self.latency(read_json(artifact / "by_table.json")) * next(self.noise)
+        return {"verdict": None, "percentiles_ms": {"p50": ms}}
+
+
+@pytest.mark.parametrize(
+    "latency",
+    [
+        lambda ms: 1.3 * ms,  # slower than the table says
+        lambda ms: 0.6 * ms,  # faster
+        lambda ms: 0.02 + 0.7 * ms,  # with a constant that it does not know
+        lambda ms: 1.4 * ms**1.2,
+        lambda ms: ms,
+    ],
+)
+def test_what_misses_or_wastes_the_budget_is_corrected(
+    setting: tuple[Path, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    latency: Callable[[float], float],
+) -> None:
+    file, full = setting
+    device = Device(monkeypatch, latency)
+    budget, out = round(latency(0.5 * full), 3), tmp_path / "run"
+    answer = pipeline.deploy(config(file, budget), out)
+    found = read_json(out / "result.json")["budget"]
+    assert answer["verdict"]
+    assert found["basis"] == "measured"
+    assert [options["lowering"] for options in device.exported] == ["gather:4"] * len(device.exported)
+    assert len(device.exported) == len(found["rounds_ms"]) <= 1 + ROUNDS
+    assert device.exported[0]["by_table"] <= budget
+    assert 0.9 * budget <= found["achieved"] == sorted(found["verdict_ms"])[1] <= budget
+    # the folder holds one round: its plan, network and artifact belong together
+    network = Network.load(out / "network")
+    table = LatencyTable.load(file)
+    by_plan = GateLayout(dense(), table=table).cost(read_plan(out).kept, "ms")
+    assert found["by_table"] == pytest.approx(by_plan)
+    assert count(network).params == count(dense(), read_plan(out)).params
+    assert read_json(Path(answer["export"]["artifact"]) / "by_table.json") == found["by_table"]
+
+
+def test_a_worse_round_is_taken_back(
+    setting: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is pruned less runs beyond the budget: what the first round left is what counts."""
+    file, full = setting
+    budget = round(0.6 * full, 3)
+    first: list[float] = []
+
+    def latency(ms: float) -> float:
+        first.append(ms)
+        return 0.8 * budget if ms <= first[0] else 1.5 * budget
+
+    device = Device(monkeypatch, latency)
+    answer = pipeline.deploy(config(file, budget), tmp_path / "run")
+    assert answer["verdict"]
+    assert 2 <= len(device.exported) <= 1 + ROUNDS
+    assert answer["prune"]["budget"]["by_table"] == device.exported[0]["by_table"]
+
+
+def test_a_stopped_loop_goes_on(setting: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, full = setting
+    budget, out = round(0.3 * full, 3), tmp_path / "run"
+    device = Device(monkeypatch, lambda ms: 0.5 * ms)
+    export = device.export
+
+    def stopped(run: Path, **options: Any) -> dict[str, Any]:
+        if device.exported:
+            raise KeyboardInterrupt
+        return export(run, **options)
+
+    monkeypatch.setattr(pipeline, "export_run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.deploy(config(file, budget), out)
+    monkeypatch.setattr(pipeline, "export_run", export)
+    answer = pipeline.deploy(config(file, budget), out, resume=True)
+    assert answer["verdict"]
+    assert len(device.exported) == len(answer["prune"]["budget"]["rounds_ms"])  # the first is not done again
+    assert answer["prune"]["budget"]["achieved"] >= 0.9 * budget
+
+
+@pytest.mark.parametrize("off", [0.8, 1.1])
+def test_a_verdict_that_wastes_or_misses_the_budget_corrects_the_loop(
+    setting: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off: float
+) -> None:
+    """The first three processes were lucky, or unlucky: what all later ones say counts."""
+    file, full = setting
+    budget, calls = round(0.5 * full, 3), itertools.count()
+    device = Device(monkeypatch, lambda ms: 0.95 * ms if next(calls) < 3 else 0.95 * off * ms)
+    answer = pipeline.deploy(config(file, budget), tmp_path / "run")
+    found = answer["prune"]["budget"]
+    assert answer["verdict"] and 0.9 * budget <= found["achieved"] <= budget
+    assert len(device.exported) == len(found["rounds_ms"]) >= 2
+    assert found["rounds_ms"][0] == pytest.approx(0.95 * off * device.exported[0]["by_table"], rel=0.01)
+
+
+def test_a_budget_above_the_dense_network_ends_with_it(
+    setting: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, full = setting
+    device = Device(monkeypatch, lambda ms: 0.5 * ms)
+    answer = pipeline.deploy(config(file, round(0.9 * full, 3)), tmp_path / "run")
+    assert answer["verdict"]
+    assert len(device.exported) == 2
+    assert device.exported[1]["by_table"] == pytest.approx(full)
+
+
+def test_a_table_of_another_lowering_is_refused(setting: tuple[Path, float], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="gather:4"):
+        pipeline.deploy(config(setting[0], setting[1]), tmp_path / "run", lowering="slices")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_infeasible_budget_starts_nothing(setting: tuple[Path, float], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="at least"):
+        pipeline.deploy(config(setting[0], 0.0001), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
