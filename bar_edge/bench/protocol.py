@@ -18,12 +18,12 @@ from typing import Any
 
 import bar_edge
 from bar_edge.bench import runner
+from bar_edge.bench.packed import packed
 from bar_edge.bench.ssh import Device, Finished, Target
 from bar_edge.bench.statistics import Comparison, drift, median_interval, meets
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
 from bar_edge.files import read_json, write_json
 from bar_edge.records import Budget, Latency
-from bar_edge.targets.tensorrt.packed import packed
 
 RUNTIMES = tuple(runner.RUNTIMES)
 _ERRORS = {"InputError": InputError, "EnvironmentLacks": EnvironmentLacks, "BarEdgeError": BarEdgeError}

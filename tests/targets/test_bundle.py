@@ -225,7 +225,7 @@ def test_every_option_is_spelled_as_documented(options: EngineOptions, versions,
 
 def test_the_stand_in_refuses_options_that_a_version_lacks(tmp_path: Path) -> None:
     def said(version: str, *arguments: str) -> int:
-        command = [sys.executable, str(REPOSITORY / "tests" / "fake_trtexec.py"), *arguments]
+        command = [sys.executable, str(REPOSITORY / "tests" / "targets" / "fake_trtexec.py"), *arguments]
         environment = {**os.environ, "FAKE_TRTEXEC": version}
         return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=False).returncode
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from bar_edge.bench.packed import packed
 from bar_edge.errors import InputError
 from bar_edge.files import write_json
 from bar_edge.targets.artifact import parity_entry, replacing
@@ -16,7 +17,6 @@ from bar_edge.targets.tensorrt.check import require_accepted
 from bar_edge.targets.tensorrt.device_build import BUILDER, RUNNER
 from bar_edge.targets.tensorrt.engine import EngineOptions
 from bar_edge.targets.tensorrt.operators import VERSIONS
-from bar_edge.targets.tensorrt.packed import packed
 from bar_edge.targets.verify import MANIFEST, MODEL, SAMPLES, file_hash, read_manifest, sample_error
 
 #: bf16 files need opset 22, which 10.3 does not read

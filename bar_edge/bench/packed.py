@@ -19,7 +19,7 @@ _MAIN = "import sys\n\nfrom bar_edge.targets.tensorrt.device_build import main\n
 
 def packed() -> bytes:
     """Return build.pyz: our own modules as they are, to be run by Python 3.10 or imported from."""
-    package = Path(__file__).resolve().parents[2]
+    package = Path(__file__).resolve().parents[1]
     modules = {
         **{f"bar_edge/{folder}__init__.py": "" for folder in _PACKAGES},
         **{f"bar_edge/{name}": (package / name).read_text(encoding="utf-8") for name in MODULES},
