@@ -21,6 +21,7 @@ from bar_edge.latency_budget.measured_loop import close_loop
 from bar_edge.latency_budget.profile_device import plot_table, profile_network
 from bar_edge.lowering.lower import lower
 from bar_edge.methods import GateLayout, smallest_cost
+from bar_edge.methods.method import find_method
 from bar_edge.models import load_weights
 from bar_edge.network import Network, count, is_network_folder
 from bar_edge.network.counted_cost import count_executed
@@ -57,6 +58,7 @@ def prune(config: RunConfig, out: Path, *, resume: bool = False, progress: Progr
 
     Raises InputError before any training if the model, data, weights, budget or folder will not do.
     """
+    find_method(config.method)
     config = with_table(config, out, resume=resume, progress=progress)
     run = Run(config, out, resume, progress or NoProgress())
     if run.finished():
@@ -422,6 +424,7 @@ def deploy(
 
     A budget in ms to train for is met by the table first, then by measuring and pruning again (closing.py).
     """
+    find_method(config.method)
     in_ms = Budget.parse(config.budget).metric == "ms"
     runtime = runtime or targets.RUNTIMES.get(target, "onnxruntime-cpu")
     if in_ms:
