@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from bar_edge.methods import GateLayout, smallest_cost
-from bar_edge.network import count, layers
+from bar_edge.network import layers
 from bar_edge.network.trace import source_line
+from bar_edge.records import COSTS
 
 
 def preflight(layout: GateLayout, unsure: list[str]) -> dict[str, Any]:
@@ -21,9 +22,9 @@ def preflight(layout: GateLayout, unsure: list[str]) -> dict[str, Any]:
     The prunable share of a cost is what is gone when only the cheapest path is left. unsure: see
     `modes_apart`.
     """
-    full, costs, warnings = count(layout.network), {}, []
-    for metric in ("volume", "flops", "params"):
-        total, least = full.of(metric), smallest_cost(layout, metric)
+    costs, warnings = {}, []
+    for metric in (name for name, cost in COSTS.items() if not cost.of_device):
+        total, least = layout.cost({}, metric), smallest_cost(layout, metric)
         share = 1 - least / total if total else 0.0
         costs[metric] = {"full": total, "prunable_share": share, "smallest": least}
         if share < 0.5:

@@ -201,7 +201,7 @@ class Run:
                 "limit": self.limit,
                 "achieved": achieved,
                 "within": achieved <= self.limit,
-                "basis": "table" if self.budget.metric == "ms" else "counted",
+                "basis": self.budget.cost.basis,
                 "words": describe_budget(self.layout, self.budget)["words"],
             },
             "dense": {**dataclasses.asdict(full), "metric": metric["dense"]},
@@ -326,14 +326,14 @@ def describe_budget(layout: GateLayout, budget: Budget) -> dict[str, Any]:
     """Return a budget in all units, with what a uniform scaling of all widths would cost."""
     limit = budget_limit(layout, budget)
     factor = layout.cost({}, budget.metric) / limit
-    flops = factor**2 if budget.metric == "volume" else factor
     words = f"{factor:.4g}x {budget.metric} = {limit:,.0f}"
-    if budget.metric == "ms":
-        words = f"{limit:g} ms, {factor:.4g}x below the whole network by the table"
+    if budget.cost.of_device:
+        words = f"{limit:g} {budget.cost.unit}, {factor:.4g}x below the whole network by the table"
         if factor <= 1:
-            words = f"{limit:g} ms, and the whole network takes {factor * limit:.4g} by the table: nothing to prune"
-    if budget.metric == "volume":
-        words += f", expect about {flops:.3g}x FLOPs if all widths shrink alike"
+            words = f"{limit:g} {budget.cost.unit}, and the whole network takes {factor * limit:.4g} by the table: "
+            words += "nothing to prune"
+    if budget.cost.by_width:
+        words += f", expect about {factor**2:.3g}x FLOPs if all widths shrink alike"
     return {"text": budget.text, "unit": budget.metric, "limit": limit, "factor": factor, "words": words}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from bar_edge.methods.gating.layout import GateLayout
 from bar_edge.network.counted_cost import loose_params, units
 from bar_edge.network.priced_operations import PricedOperations
-from bar_edge.records import Metric
+from bar_edge.records import COSTS, Metric
 
 
 class Cost(nn.Module, abc.ABC):
@@ -60,7 +60,7 @@ class Cost(nn.Module, abc.ABC):
 
 def gate_cost(layout: GateLayout, metric: Metric) -> Cost:
     """Return the cost that a budget of this metric limits."""
-    return LatencyCost(layout) if metric == "ms" else GateCost(layout, metric)
+    return LatencyCost(layout) if COSTS[metric].of_device else GateCost(layout, metric)
 
 
 class LatencyCost(Cost):
@@ -101,20 +101,17 @@ class GateCost(Cost):
     pair_rate: Tensor
 
     def __init__(self, layout: GateLayout, metric: Metric) -> None:
-        rows = _Rows(layout)
+        rows, cost = _Rows(layout), COSTS[metric]
         entries: list[tuple[int, int, float, float]] = []
-        constant = 0.0
-        if metric == "params":
-            constant += loose_params(layout.network, layout.found)
+        constant = float(loose_params(layout.network, layout.found)) if cost.of_parameters else 0.0
         counted: set[str] = set()
         for unit in units(layout.network, layout.found):
-            if metric == "params" and unit.node.op == "call_module":
+            if cost.of_parameters and unit.node.op == "call_module":
                 if str(unit.node.target) in counted:
                     continue
                 counted.add(str(unit.node.target))
-                constant += unit.constant
-            out_rate = {"volume": unit.area, "params": unit.vectors}.get(metric, 0)
-            pair_rate = {"flops": unit.flop_rate, "params": unit.weights}.get(metric, 0)
+            rates = cost.rates(unit)
+            out_rate, pair_rate, constant = rates.per_output, rates.per_pair, constant + rates.constant
             if unit.alone:
                 out_rate, pair_rate = out_rate + pair_rate, 0
             for group in range(unit.groups if pair_rate else 1):

@@ -15,7 +15,7 @@ from bar_edge.network import Network, prunable
 from bar_edge.network.channels import Link, Passage, Passages, called_again, is_whole, passages
 from bar_edge.network.counted_cost import CostCounter, scaled_by
 from bar_edge.network.priced_operations import LatencyCounter
-from bar_edge.records import ChannelPlan, Metric
+from bar_edge.records import COSTS, ChannelPlan, Metric
 from bar_edge.records.latency_table import LatencyTable
 from bar_edge.surgery.stream_order import is_identity
 
@@ -108,10 +108,10 @@ class GateLayout:
 
     def cost(self, kept: Mapping[str, Sequence[int]], metric: Metric) -> float:
         """Return what kept channels cost, dead layers removed; ms by the table."""
-        if metric == "ms":
+        if COSTS[metric].of_device:
             assert self.latency is not None, "budget_limit refuses milliseconds without a table"
             return self.latency.ms(kept)
-        return self.costs.count(kept).of(metric)
+        return self.costs.total(kept, COSTS[metric])
 
     def extended(self, opened: Tensor) -> Tensor:
         """Return the gates (gates,) of 0 and 1 with the channels of products appended."""

@@ -14,7 +14,7 @@ from bar_edge.methods.method import Scored
 from bar_edge.network.channels import Passage, is_whole
 from bar_edge.network.counted_cost import prunable, units
 from bar_edge.network.trace import source_line
-from bar_edge.records import Budget, ChannelPlan, Metric
+from bar_edge.records import COSTS, Budget, ChannelPlan, Metric
 
 #: how many costs are tried to use what a budget in ms leaves
 REFILLS = 150
@@ -22,7 +22,7 @@ REFILLS = 150
 
 def budget_limit(layout: GateLayout, budget: Budget) -> float:
     """Return the budget in its own unit; raises InputError if nothing measures it or it is below what is feasible."""
-    if budget.metric == "ms" and layout.latency is None:
+    if budget.cost.of_device and layout.latency is None:
         raise InputError(
             "a latency table for a budget in milliseconds",
             got=f"{budget.text} without one",
@@ -48,16 +48,14 @@ def budget_limit(layout: GateLayout, budget: Budget) -> float:
         )
     limit, least = budget.limit(full), smallest_cost(layout, budget.metric)
     if limit < least:
-        ms = budget.metric == "ms"
-        smallest, given = (
-            (f"{math.ceil(1e3 * least) / 1e3:.3f}", f"{limit:g}") if ms else (f"{least:,}", f"{limit:,.0f}")
-        )
+        # rounded up, so that what is named is feasible
+        smallest = f"{math.ceil(1e3 * least) / 1e3:.3f}" if budget.cost.of_device else f"{math.ceil(least):,}"
+        unit = f" {budget.cost.unit}" if budget.cost.of_device else ", or a smaller factor"
         raise InputError(
             f"a budget of at least {smallest} {budget.metric} ({full / least:.4g}x), the cheapest path's",
-            got=f"{budget.text} = {given}",
+            got=f"{budget.text} = {limit:g}" if budget.cost.of_device else f"{budget.text} = {limit:,.0f}",
             consequence="no channel would connect the input with the output; nothing was started",
-            remedy=f"give a budget of at least {smallest.replace(',', '')}"
-            + (" ms" if ms else ", or a smaller factor"),
+            remedy=f"give a budget of at least {smallest.replace(',', '')}{unit}",
         )
     return limit
 
@@ -214,7 +212,6 @@ def _cheapest(layout: GateLayout, metric: Metric) -> dict[fx.Node, float]:
     In ms that is the way with the fewest FLOPs: one channel takes what a few take, wherever it is.
     """
     found, network = layout.found, layout.network
-    metric = "flops" if metric == "ms" else metric
     by_node = {unit.node: unit for unit in units(network, found)}
     best: dict[fx.Node, float] = {}
     for node in network.nodes:
@@ -223,8 +220,8 @@ def _cheapest(layout: GateLayout, metric: Metric) -> dict[fx.Node, float]:
             unit, gated = by_node[node], str(node.target) in layout.offsets
             n_out = 1 if gated or passage.kind != "read" else passage.width
             pairs = n_out if unit.alone else (unit.in_width or 1) * n_out
-            rates = {"volume": unit.area * n_out, "flops": unit.flop_rate * pairs}
-            step = rates.get(metric, unit.weights * pairs + unit.vectors * n_out + unit.constant)
+            rates = COSTS[metric].rates(unit)
+            step = rates.per_pair * pairs + rates.per_output * n_out + rates.constant
         sources = [link.source for link in passage.links] if passage is not None else []
         costs = [best[s] for s in sources or node.all_input_nodes if s in best]
         choose = min if sources and passage is not None and passage.kind != "mul" else max
@@ -286,7 +283,8 @@ def project(
     fits opens again, whatever closed it: up to the hardware's next step a channel costs nothing.
     """
     opened, scores = opened.cpu(), scores.detach().cpu().double()
-    if metric == "ms" and layout.cost({}, "ms") <= limit:  # all would open again; and narrow layers can be slower
+    by_table = COSTS[metric].of_device
+    if by_table and layout.cost({}, metric) <= limit:  # all would open again; and narrow layers can be slower
         return layout.plan(torch.ones_like(opened)), 0
     bundle = _bundles(layout, scores, opened)
     best = _best(layout, scores, metric)
@@ -320,7 +318,7 @@ def project(
         middle = (low + high) // 2
         low, high = (low, middle) if fits(left(middle)) else (middle, high)
     chosen = left(high)
-    if metric == "ms":
+    if by_table:
         ranked = by_area[torch.argsort(-mean[by_area], stable=True)]
         chosen = _refilled(chosen, ranked[~chosen[ranked]], fits)
     return layout.plan(chosen[bundle]), int(size[alive & ~chosen].sum())
