@@ -28,7 +28,8 @@ from bar_edge.methods import GateLayout, smallest_cost
 from bar_edge.models import load_weights
 from bar_edge.network import Network, count, is_network_folder
 from bar_edge.network.cost import count_executed
-from bar_edge.preflight import modes_apart, preflight
+from bar_edge.network.modes import modes_apart
+from bar_edge.preflight import preflight
 from bar_edge.profiling import plot_table, profile_network
 from bar_edge.records import Budget, ChannelPlan, read_json, write_json
 from bar_edge.report import write_report
