@@ -24,11 +24,12 @@ from bar_edge.methods import GateLayout, smallest_cost
 from bar_edge.models import load_weights
 from bar_edge.network import Network, count, is_network_folder
 from bar_edge.network.counted_cost import count_executed
+from bar_edge.network.modes import modes_apart
 from bar_edge.progress import NoProgress, Progress
 from bar_edge.records import Budget, ChannelPlan
 from bar_edge.records.latency_table import LatencyTable
 from bar_edge.report import write_report
-from bar_edge.runs.inspection import modes_apart, preflight
+from bar_edge.runs.inspection import preflight
 from bar_edge.runs.run_folder import PARITY_LIMIT, Run, check_folder, describe_budget, masked_parity, versions
 from bar_edge.runs.specs import (
     SAMPLE_IMAGES,

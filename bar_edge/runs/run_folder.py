@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bar_edge.config import RunConfig, TrainConfig, to_toml
+from bar_edge.config import PHASES, RunConfig, TrainConfig, to_toml
 from bar_edge.data import DataSource, Split
 from bar_edge.errors import InputError
 from bar_edge.files import read_json, write_json
@@ -40,10 +40,17 @@ class Run:
     """One RUN folder on its way; every stage is skipped if an interrupted run had finished it."""
 
     def __init__(self, config: RunConfig, out: Path, resume: bool, progress: Progress) -> None:
-        config = portable(config)
-        self.config, self.out, self.progress = config, out, progress
         self.task: Task = load_task(config.task)
         self.data: DataSource = read_data(config)
+        given, train = config.train, config.train.chosen(len(self.data.fit))
+        config = portable(dataclasses.replace(config, train=train))
+        self.config, self.out, self.progress = config, out, progress
+        self.batch, self.epochs = train.batch or 1, {phase: int(getattr(train, phase) or 0) for phase in PHASES}
+        if train != given:
+            epochs = ", ".join(f"{phase} {n}" for phase, n in self.epochs.items())
+            progress.note(
+                f"by the number of training images, {len(self.data.fit):,}: epochs {epochs}; batch {self.batch}"
+            )
         torch.manual_seed(config.seed)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
@@ -103,11 +110,11 @@ class Run:
 
     def _bar(self, dense: Network, teacher: nn.Module) -> tuple[Network, ChannelPlan, int]:
         c = self.config
-        steps = self.data.fit.n_batches(c.train.batch, True) * c.train.prune
+        steps = self.data.fit.n_batches(self.batch, True) * self.epochs["prune"]
         pruner = BAR(
             dense,
             budget=c.budget,
-            steps=steps,
+            steps=max(1, steps),
             teacher=teacher if isinstance(self.task, Distills) else None,
             config=c.bar,
             distill=c.distill,
@@ -118,7 +125,7 @@ class Run:
             seed=c.seed,
         )
         self._train(pruner.network, "prune", pruner=pruner)
-        if c.train.prune:
+        if self.epochs["prune"]:
             self._reestimate(pruner.network.eval())  # sampled gates left statistics that the final gates do not have
         folded, plan, end = pruner.finish()
         self.end = end
@@ -133,7 +140,7 @@ class Run:
 
         A lower limit leaves channels out of the plan before, a higher one adds those that were closed last.
         """
-        dense, tune = self.dense(), self.config.train.tune
+        dense, tune = self.dense(), self.epochs["tune"]
         teacher = self.teacher(dense)
         if self.config.method == "bar":
             folded = Network.load(self.out / "checkpoints" / "folded")
@@ -162,7 +169,7 @@ class Run:
         again: how, for a second time, which leaves no trace in the journal.
         """
         self.reestimated = False
-        if self.config.train.tune:
+        if self.epochs["tune"]:
             self._train(sliced, "tune", teacher=teacher, again=again)
             return
         before, kept = copy.deepcopy(sliced.state_dict()), self.evaluate(sliced, "held_out")
@@ -174,7 +181,7 @@ class Run:
 
     def _reestimate(self, network: nn.Module) -> None:
         """Measure BatchNorm statistics anew on training images."""
-        device, batch = next(network.parameters()).device, self.config.train.batch
+        device, batch = next(network.parameters()).device, self.batch
         batches = self.data.fit.batches(batch, train=True, seed=0, epoch=0, device=device, augment="none")
         reestimate_batchnorm(network, (images for images, _ in itertools.islice(batches, REESTIMATION_BATCHES)))
 
@@ -241,7 +248,7 @@ class Run:
         """Return the task's metric of a network on a split."""
         train = self.config.train
         part: Split = getattr(self.data, split)
-        return evaluate(network, part, self.task, batch=train.batch, device=train.device, precision=train.precision)
+        return evaluate(network, part, self.task, batch=self.batch, device=train.device, precision=train.precision)
 
     def _train(
         self,
