@@ -24,6 +24,7 @@ from bar_edge.network import Network, count, is_network_folder
 from bar_edge.progress import NoProgress, Progress
 from bar_edge.records import Budget, ChannelPlan
 from bar_edge.records.latency_table import LatencyTable
+from bar_edge.records.lowering import Lowering
 from bar_edge.report import write_report
 from bar_edge.runs.inspection import modes_apart, preflight
 from bar_edge.runs.run_folder import PARITY_LIMIT, Run, check_folder, describe_budget, masked_parity, versions
@@ -37,9 +38,10 @@ from bar_edge.runs.specs import (
     trace_module,
 )
 from bar_edge.surgery import slice_network
-from bar_edge.targets import target as targets
 from bar_edge.targets.export_run import Pruned, Wanted, export_network, export_source
 from bar_edge.targets.onnx.file import Preprocessing
+from bar_edge.targets.table import TARGETS, check_target, runtime_of
+from bar_edge.targets.tensorrt.target import engine_options
 from bar_edge.targets.verify import MANIFEST, verify_artifact
 from bar_edge.training import load_task
 
@@ -86,14 +88,15 @@ def profile(
         raise InputError(
             "a place for the table", got=f"{out.name}: {error.strerror}", remedy="choose another"
         ) from error
-    options: dict[str, Any] = {"runtime": runtime, "threads": threads, "lowering": lowering, "on": on}
-    table = profile_network(network, out, model=model, **options, progress=progress)
+    options: dict[str, Any] = {"runtime": runtime, "threads": threads, "on": on}
+    chosen = Lowering.parse_or_auto(lowering)
+    table = profile_network(network, out, model=model, lowering=chosen, **options, progress=progress)
     plot_table(table, out.with_suffix(".svg"))
     layout = GateLayout(network, table=table)
     return {
         "table": out.name,
         "plot": out.with_suffix(".svg").name,
-        "lowering": table.lowering,
+        "lowering": str(table.lowering),
         "step": table.step,
         "full_ms": layout.cost({}, "ms"),
         "smallest_ms": smallest_cost(layout, "ms"),
@@ -120,7 +123,7 @@ def with_table(
     if Budget.parse(config.budget).metric != "ms":
         return config
     if config.table:
-        priced = LatencyTable.load(Path(config.table)).lowering
+        priced = str(LatencyTable.load(Path(config.table)).lowering)
         if lowering not in ("auto", priced):
             raise InputError(
                 f"--lowering {priced}, which the table prices",
@@ -227,26 +230,26 @@ def export_run(
     The verdict is no if the file computes something else (an earlier artifact then stays), if its target's runtime
     does, if `auto` finds the dense network faster, or if the metric drops by more than max_drop.
     """
+    check_target(target, precision, recipe, on, max_drop)
     wanted = Wanted(
-        target=target,
+        target=TARGETS[target],
         precision=precision,
         recipe=recipe,
-        lowering=lowering,
+        lowering=Lowering.parse_or_auto(lowering),
         runtime=runtime,
         threads=threads,
         choice_seconds=choice_seconds,
         with_preprocessing=with_preprocessing,
         max_drop=max_drop,
         on=on,
-        engine=targets.engine_options(engine),
+        engine=engine_options(engine),
     )
-    wanted.check()
     if data == RANDOM and max_drop is not None:
         raise InputError("--data with labels for --max-drop", got=RANDOM, consequence="nothing was written")
     result, config = _read_result(run), run_config(read_toml(run / "config.toml"))
     network, folder = Network.load(run / "network"), out or run / "artifacts" / f"{target}-{precision}"
-    if target == "torch":
-        return export_source(network, folder)
+    if wanted.target.write is not None:
+        return export_source(wanted.target.write, network, folder)
     preprocessing = Preprocessing(mean=tuple(result["input"]["mean"]), std=tuple(result["input"]["std"]))
     classes = tuple(result["input"]["classes"])
     if data == RANDOM:
@@ -263,7 +266,7 @@ def export_run(
         preprocessing=preprocessing,
         task=load_task(config.task),
         data=source,
-        images=sample_images(source, max(wanted.samples, SAMPLE_IMAGES)),
+        images=sample_images(source, max(wanted.target.samples, SAMPLE_IMAGES)),
     )
     answer = export_network(wanted, pruned, folder, progress)
     result["parity"]["sliced_vs_onnx"] = answer["parity"]["sliced_vs_onnx"]
@@ -297,7 +300,7 @@ def bench(
     made_for = read_json(target / MANIFEST).get("target", "") if (target / MANIFEST).is_file() else ""
     found = bench_onnx(
         files,
-        runtime=runtime or targets.RUNTIMES.get(made_for, "onnxruntime-cpu"),
+        runtime=runtime or runtime_of(made_for) or "onnxruntime-cpu",
         precision=precision,
         threads=threads,
         batch=batch,
@@ -346,12 +349,12 @@ def deploy(
     A budget in ms to train for is met by the table first, then by measuring and pruning again (closing.py).
     """
     in_ms = Budget.parse(config.budget).metric == "ms"
-    runtime = runtime or targets.RUNTIMES.get(target, "onnxruntime-cpu")
+    runtime = runtime or runtime_of(target) or "onnxruntime-cpu"
     if in_ms:
         config = with_table(
             config, out, resume=resume, runtime=runtime, threads=threads, lowering=lowering, progress=progress
         )
-        lowering = LatencyTable.load(Path(config.table or "")).lowering
+        lowering = str(LatencyTable.load(Path(config.table or "")).lowering)
     prune(config, out, resume=resume, progress=progress)
 
     def export() -> dict[str, Any]:

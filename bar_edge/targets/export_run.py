@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +17,29 @@ from bar_edge.network import Network
 from bar_edge.network.counted_cost import count_executed
 from bar_edge.progress import Progress
 from bar_edge.records import ChannelPlan
+from bar_edge.records.lowering import Lowering
 from bar_edge.targets import target as targets
 from bar_edge.targets.artifact import ArtifactSpec, write_artifact
+from bar_edge.targets.convert import for_speed
 from bar_edge.targets.form_search import Choice, choose_lowering
 from bar_edge.targets.onnx.file import Preprocessing, parity_onnx
+from bar_edge.targets.onnx.target import ONNX
+from bar_edge.targets.row import Conversion, Target
 from bar_edge.targets.tensorrt.engine import EngineOptions
-from bar_edge.targets.torch_source.source import write_torch_source
 from bar_edge.training import Task
 from bar_edge_calibration.recipe import Recipe, load_recipe
-
-SAMPLES = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Wanted:
     """What is to be written, and what it is held to."""
 
-    target: str = "onnx"
+    target: Target = ONNX
     precision: str = "fp32"
     #: of INT8
     recipe: str = "auto"
-    lowering: str = "auto"
+    #: of the additions; None for what is measured to be faster
+    lowering: Lowering | None = None
     #: with which `auto` measures; None for the target's
     runtime: str | None = None
     threads: int = 1
@@ -50,14 +53,10 @@ class Wanted:
     on: str = "local"
     engine: EngineOptions = EngineOptions()
 
-    def check(self) -> None:
-        """Raise what `targets.check_target` raises."""
-        targets.check_target(self.target, self.precision, self.recipe, self.on, self.max_drop)
-
     @property
-    def samples(self) -> int:
-        """Number of images that the artifact carries."""
-        return targets.BUNDLE_SAMPLES if self.target.startswith("trt") else SAMPLES
+    def measured_on(self) -> str:
+        """The runtime with which `auto` measures."""
+        return self.runtime or self.target.runtime or "onnxruntime-cpu"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,9 +82,9 @@ class Pruned:
         return ((images * std + mean) * 255).round().to(torch.uint8)
 
 
-def export_source(network: Network, folder: Path) -> dict[str, Any]:
-    """Write a network as a model.py, and return what `export_network` does of other targets."""
-    return {"verdict": True, "artifact": str(folder), "file": write_torch_source(network, folder).name}
+def export_source(write: Callable[[Network, Path], Path], network: Network, folder: Path) -> dict[str, Any]:
+    """Write a network itself, and return what `export_network` does of other targets."""
+    return {"verdict": True, "artifact": str(folder), "file": write(network, folder).name}
 
 
 def export_network(wanted: Wanted, pruned: Pruned, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -93,7 +92,7 @@ def export_network(wanted: Wanted, pruned: Pruned, folder: Path, progress: Progr
 
     The verdict is no if the file computes something else (an earlier artifact then stays), if its target's runtime
     does, if `auto` finds the dense network faster, or if the metric drops by more than wanted.max_drop. Raises what
-    `write_artifact`, `choose_lowering` and `targets.write_converted` raise.
+    `write_artifact`, `choose_lowering` and the target's conversion raise.
     """
     inside = pruned.preprocessing if wanted.with_preprocessing else None
     recipe = _recipe(wanted, pruned.network)
@@ -104,16 +103,16 @@ def export_network(wanted: Wanted, pruned: Pruned, folder: Path, progress: Progr
         classes=pruned.classes,
         budget=pruned.budget,
         plan=pruned.plan,
-        lowering=lowering,
-        choice=dataclasses.asdict(choice) if choice else None,
-        target=wanted.target,
+        lowering=str(lowering),
+        choice=choice.to_json() if choice else None,
+        target=wanted.target.name,
     )
-    written = _written(wanted, pruned, folder, spec, recipe)
+    written = _written(wanted, pruned, folder, spec, lowering, recipe)
     executed = count_executed(lower(pruned.network, lowering))
     return {
         "verdict": written.stands and not written.dropped and (choice is None or choice.faster),
         "artifact": str(folder),
-        "lowering": lowering,
+        "lowering": str(lowering),
         "choice": written.manifest["choice"],
         "parity": {
             "sliced_vs_onnx": written.parity,
@@ -173,33 +172,37 @@ def _recipe(wanted: Wanted, network: Network) -> Recipe | None:
         return None
     if wanted.recipe != "auto":
         return load_recipe(wanted.recipe)
-    form = "regular:16" if wanted.lowering == "auto" else wanted.lowering
-    return targets.faster_recipe(wanted.target, network, runtime=wanted.runtime, lowering=form, threads=wanted.threads)
+    form = wanted.lowering or targets.MEASURED_IN
+    return targets.faster_recipe(
+        wanted.target, network, runtime=wanted.measured_on, lowering=form, threads=wanted.threads
+    )
 
 
 def _lowering(
     wanted: Wanted, pruned: Pruned, recipe: Recipe | None, inside: Preprocessing | None, progress: Progress | None
-) -> tuple[str, Choice | None]:
+) -> tuple[Lowering, Choice | None]:
     """Return the form of the additions: as asked for, as measured, or the target's where nothing can be measured."""
-    if wanted.lowering != "auto":
+    if wanted.lowering is not None:
         return wanted.lowering, None
-    if wanted.target not in targets.RUNTIMES:
-        return targets.UNMEASURED[wanted.precision], None
+    if wanted.target.runtime is None:
+        return wanted.target.unmeasured[wanted.precision], None
     choice = choose_lowering(
         pruned.network,
         pruned.dense,
-        runtime=wanted.runtime or targets.RUNTIMES[wanted.target],
+        runtime=wanted.measured_on,
         precision=wanted.precision,
         threads=wanted.threads,
         seconds=wanted.choice_seconds,
         preprocessing=inside,
-        convert=targets.for_speed(wanted.precision, recipe),
+        convert=for_speed(wanted.precision, recipe),
         progress=progress,
     )
     return choice.lowering, choice
 
 
-def _written(wanted: Wanted, pruned: Pruned, folder: Path, spec: ArtifactSpec, recipe: Recipe | None) -> _Written:
+def _written(
+    wanted: Wanted, pruned: Pruned, folder: Path, spec: ArtifactSpec, lowering: Lowering, recipe: Recipe | None
+) -> _Written:
     """Write the file in float32, convert it, and prove what was written."""
     network, inside = pruned.network, pruned.preprocessing if wanted.with_preprocessing else None
     images = pruned.as_input(wanted, pruned.images)
@@ -209,28 +212,29 @@ def _written(wanted: Wanted, pruned: Pruned, folder: Path, spec: ArtifactSpec, r
         structure=network.out_spec,
         as_input=lambda images: pruned.as_input(wanted, images),
     )
-    final = wanted.precision == "fp32" and wanted.target in targets.RUNTIMES
+    final = wanted.precision == "fp32" and wanted.target.runtime is not None
     with tempfile.TemporaryDirectory() as scratch:
         first = folder if final else Path(scratch) / "fp32"
-        lowered = lower(network, spec.lowering)
-        manifest = write_artifact(lowered, first, samples=images[: wanted.samples], spec=spec, reference=network)
+        lowered = lower(network, lowering)
+        manifest = write_artifact(lowered, first, samples=images[: wanted.target.samples], spec=spec, reference=network)
         within, parity = bool(manifest["parity"]["within"]), manifest["parity"]["error"]
         if within:
             parity = parity_onnx(network, first / "model.onnx", images, preprocessing=inside)
             within = parity <= manifest["parity"]["tolerance"]
         if within and not final:
-            manifest = targets.write_converted(
-                first,
-                folder,
-                target=wanted.target,
+            assert wanted.target.convert is not None, "what writes the network itself comes not here"
+            asked = Conversion(
+                source=first,
+                folder=folder,
                 precision=wanted.precision,
                 recipe=recipe,
                 held_out=held_out,
                 max_drop=wanted.max_drop,
-                tuned=targets.finetuned(network, spec.lowering, pruned.data, inside),
+                tuned=targets.finetuned(network, lowering, pruned.data, inside),
                 on=wanted.on,
                 engine=wanted.engine,
             )
+            manifest = wanted.target.convert(asked)
         there = within and manifest["parity"]["within"] is not False
         if there:
             manifest = targets.prove(manifest, folder, first, held_out=held_out, threads=wanted.threads)
