@@ -152,13 +152,24 @@ class BarConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MagnitudeConfig:
+    """What `--method magnitude` compares."""
+
+    #: mean of the absolute weights of a filter, or root of the mean of their squares
+    norm: Literal["l1", "l2"] = "l1"
+    #: within each layer, which all shrink by one ratio; or all filters of the network with each other
+    scope: Literal["layer", "global"] = "layer"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """One `prune` run: model, data, budget, method and all that training needs."""
 
     model: str
     data: str = "digits"
     budget: str = "8x"
-    method: Literal["bar", "random"] = "bar"
+    #: one of bar_edge.methods.METHODS
+    method: str = "bar"
     preset: Literal["default", "paper"] = "default"
     model_arg: tuple[str, ...] = ()
     weights: str | None = None
@@ -175,6 +186,7 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     distill: DistillConfig = DistillConfig()
     bar: BarConfig = BarConfig()
+    magnitude: MagnitudeConfig = MagnitudeConfig()
 
     def __post_init__(self) -> None:
         """Raise InputError for widths that are multiples of nothing."""

@@ -19,6 +19,7 @@ from bar_edge.files import read_json, write_json
 from bar_edge.latency_budget.measured_loop import close_loop
 from bar_edge.latency_budget.profile_device import plot_table, profile_network
 from bar_edge.methods import GateLayout, smallest_cost
+from bar_edge.methods.method import find_method
 from bar_edge.models import load_weights
 from bar_edge.network import Network, count, is_network_folder
 from bar_edge.network.modes import modes_apart
@@ -52,6 +53,7 @@ def prune(config: RunConfig, out: Path, *, resume: bool = False, progress: Progr
 
     Raises InputError before any training if the model, data, weights, budget or folder will not do.
     """
+    find_method(config.method)
     config = with_table(config, out, resume=resume, progress=progress)
     run = Run(config, out, resume, progress or NoProgress())
     if run.finished():
@@ -349,6 +351,7 @@ def deploy(
 
     A budget in ms to train for is met by the table first, then by measuring and pruning again (closing.py).
     """
+    find_method(config.method)
     in_ms = Budget.parse(config.budget).metric == "ms"
     runtime = runtime or runtime_of(target) or "onnxruntime-cpu"
     if in_ms:

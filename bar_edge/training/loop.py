@@ -16,11 +16,11 @@ from bar_edge.data import DataSource, Split
 from bar_edge.data.source import Targets
 from bar_edge.errors import InputError
 from bar_edge.methods.distillation import distillation_loss
+from bar_edge.methods.method import Pruner
 from bar_edge.progress import NoProgress, Progress, Record
 from bar_edge.training.hardware import choose_device, choose_precision, make_fabric
 from bar_edge.training.journal import Journal
 from bar_edge.training.optimizers import MovingAverage, Phase, learning_rate, make_optimizer
-from bar_edge.training.pruner import Pruner
 from bar_edge.training.tasks import Distills, Task
 
 #: steps from one line of metrics.jsonl to the next; only there does the host wait for the device

@@ -16,13 +16,14 @@ from bar_edge.methods.bar.barrier import BudgetSchedule, barrier
 from bar_edge.methods.bar.closing import Closer
 from bar_edge.methods.bar.gate_optimizer import AdamSteps, ClosingSteps
 from bar_edge.methods.distillation import Distill, distillation_loss, soft_cross_entropy
+from bar_edge.methods.filters import filters
 from bar_edge.methods.gating import hard_concrete
 from bar_edge.methods.gating.gate_cost import gate_cost
 from bar_edge.methods.gating.gated_network import GatedNetwork, fold
 from bar_edge.methods.gating.layout import GateLayout
-from bar_edge.methods.gating.projection import budget_limit, project, protected_gates
+from bar_edge.methods.gating.projection import budget_limit, plan_within, protected_gates
+from bar_edge.methods.method import Scored
 from bar_edge.network import Network, trace
-from bar_edge.network.channels import TRANSPOSED
 from bar_edge.network.modes import modes_apart
 from bar_edge.records import Budget, ChannelPlan
 from bar_edge.records.latency_table import LatencyTable
@@ -163,21 +164,24 @@ class BAR:
 
         Returns the folded dense-shaped network, the plan, and {"forced": gates that the projection closed}.
         """
-        gates, limit = self.network.gates, self.schedule.limit
+        scored = self.scored()
+        plan, forced = plan_within(self.layout, scored, self.budget.metric, self.schedule.limit)
+        return scored.network, plan, {"forced": forced}
+
+    def scored(self) -> Scored:
+        """Close what the budget still asks for; return a copy of the dense network, gates folded in, and the scores."""
+        gates, folded = self.network.gates, copy.deepcopy(self.dense)
         trained = int(gates.opened().sum())
         if isinstance(self.optimizer, ClosingSteps):
-            self.optimizer.close(limit)
+            self.optimizer.close(self.schedule.limit)
             self.optimizer.rank()
-        scores = gates.log_alpha.detach().clone()
-        still = gates.opened()
-        plan, forced = project(self.layout, scores, still, self.budget.metric, limit)
-        folded = copy.deepcopy(self.dense)
+        scores, opened = gates.log_alpha.detach().clone(), gates.opened()
         if self.config.kept_gate == "fold":
             with torch.no_grad():
-                gates.log_alpha[~gates.opened()] = 0.0  # one that comes back starts at half: from 0 it learns nothing
+                gates.log_alpha[~opened] = 0.0  # one that comes back starts at half: from 0 it learns nothing
                 fold(folded, self.network)
                 gates.log_alpha.copy_(scores)
-        return folded, plan, {"forced": forced + trained - int(still.sum())}
+        return Scored(network=folded, scores=scores, opened=opened, forced=trained - int(opened.sum()))
 
     def slice(self) -> Network:
         """Return the smaller network, within the budget: a plain nn.Module."""
@@ -263,12 +267,7 @@ def _start(layout: GateLayout, network: Network, config: BarConfig, seed: int) -
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine:
             score = norm.weight.detach().abs()
         else:
-            module = network.body.get_submodule(name)
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            if isinstance(module, TRANSPOSED):  # (in, out per group, ...)
-                weight = weight.view(module.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
-            score = weight.detach().flatten(1).norm(dim=1)
+            score = filters(network.body.get_submodule(name)).norm(dim=1)
         rank = torch.argsort(torch.argsort(score, stable=True), stable=True)
         parts.append(0.5 + 2.5 * rank.float() / max(1, n - 1))
     return torch.cat(parts)

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from bar_edge.errors import InputError
 from bar_edge.methods.gating.layout import GateLayout
+from bar_edge.methods.method import Scored
 from bar_edge.network.channels import Passage, is_whole
 from bar_edge.network.counted_cost import prunable, units
 from bar_edge.network.trace import source_line
@@ -333,6 +334,21 @@ def project(
     return layout.plan(chosen[bundle] & ~dead), int(size[alive & ~chosen].sum())
 
 
+def plan_within(
+    layout: GateLayout, scored: Scored, metric: Metric, limit: float, *, reopen: bool = False
+) -> tuple[ChannelPlan, int]:
+    """Return the plan that a method's scores give under a limit, and how many gates had to be closed for it.
+
+    Not counted: what the method closed itself, and what it only ranked. reopen: what the method closed may open again.
+    """
+    everything = torch.ones(layout.size, dtype=torch.bool)
+    left_open = everything if scored.opened is None else scored.opened.cpu()
+    start = everything if reopen else left_open
+    plan, closed = project(layout, scored.scores, start, metric, limit)
+    forced = 0 if scored.opened is None else max(0, closed - int((start & ~left_open).sum()))
+    return plan, forced + scored.forced
+
+
 def _refilled(alive: Tensor, closed: Tensor, fits: Callable[[Tensor], bool]) -> Tensor:
     """Open closed bundles again, the best first, as long as that fits; by halving, for REFILLS costs at most."""
     pending = [closed] if len(closed) else []
@@ -367,10 +383,3 @@ def _filled(alive: Tensor, closed: Tensor, layer: Tensor, fits: Callable[[Tensor
 def _area(layout: GateLayout, name: str) -> int:
     node = layout.node(name)
     return torch.Size(layout.network.shapes[node.name][1:]).numel() // layout.found[node].width
-
-
-def random_plan(layout: GateLayout, metric: Metric, limit: float, seed: int) -> ChannelPlan:
-    """Return a plan with an equal keep ratio in every layer, channels drawn at random, within the limit."""
-    generator = torch.Generator().manual_seed(seed)
-    ranks = [(torch.randperm(n, generator=generator) + 0.5) / n for _, n in layout.offsets.values()]
-    return project(layout, torch.cat(ranks), torch.ones(layout.size, dtype=torch.bool), metric, limit)[0]
