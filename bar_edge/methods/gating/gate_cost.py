@@ -122,6 +122,7 @@ class GateCost(Cost):
             constant += loose_params(layout.network, layout.found)
         counted: set[str] = set()
         for unit in units(layout.network, layout.found):
+            constant += {"volume": unit.whole[0], "flops": unit.whole[1]}.get(metric, 0)
             if metric == "params" and unit.node.op == "call_module":
                 if str(unit.node.target) in counted:
                     continue

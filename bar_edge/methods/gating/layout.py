@@ -14,6 +14,7 @@ from bar_edge.errors import InputError
 from bar_edge.network import Network, prunable
 from bar_edge.network.channels import Link, Passage, Passages, called_again, is_whole, passages
 from bar_edge.network.counted_cost import CostCounter, scaled_by
+from bar_edge.network.cross_check import uncounted_flops
 from bar_edge.network.liveness import held_channels
 from bar_edge.network.priced_operations import LatencyCounter
 from bar_edge.records import ChannelPlan, Metric
@@ -58,8 +59,9 @@ class GateLayout:
     channels (`stages.0.*=8`). round_to: widths end as multiples of it. offsets: layer name -> (first gate,
     number of gates), in graph order. least: layer name -> least width, of whole layers their own. writers:
     per tensor, over gates and products. table: what prices the network in ms. A product of two
-    tensors that are both gated has one entry per channel behind the gates (`extended`). Raises InputError for a
-    pattern that fits no layer.
+    tensors that are both gated has one entry per channel behind the gates (`extended`). uncounted: FLOPs that
+    belong to no convolution. Raises InputError for a pattern that fits no layer, and for convolutions that cannot
+    be counted.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class GateLayout:
     ) -> None:
         self.network, self.found, self.round_to = network, passages(network), round_to
         self.keep, self.table = keep, table
+        self.uncounted = uncounted_flops(network)
         reasons = prunable(network, self.found)
         widths = {str(node.target): self.found[node].width for node in self.found if str(node.target) in reasons}
         whole, self.least = _kept_layers(reasons, widths, keep)
