@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bar_edge.errors import InputError
-from bar_edge.lowering.lower import LOWERINGS, lower
+from bar_edge.lowering.lower import lower
 from bar_edge.methods import BAR, GateLayout, smallest_cost
 from bar_edge.methods.gating.gated_network import GatedNetwork
 from bar_edge.methods.gating.projection import project, protected_gates
@@ -19,6 +19,7 @@ from bar_edge.network import MixedAdd, Network, count, counted_cost, prunable, t
 from bar_edge.network.leaves import PartialNorm
 from bar_edge.network.liveness import held_channels
 from bar_edge.records import ChannelPlan
+from bar_edge.records.lowering import KINDS, PAPER, Lowering
 from bar_edge.surgery import masked_outputs, relative_difference, slice_network
 from tests.meaning import masked_answer
 from tests.reference import contrasting, randomise
@@ -53,8 +54,8 @@ def check(module: nn.Module, kept: dict[str, tuple[int, ...]]) -> Network:
     plan = ChannelPlan(network=network.fingerprint, kept=kept)
     sliced, expected = slice_network(network, plan), masked_answer(module, kept, images)
     assert relative_difference(expected, sliced(images)) < 1e-9
-    for form in LOWERINGS:
-        assert relative_difference(expected, lower(sliced, form)(images)) < 1e-9, form
+    for form in (PAPER, *KINDS):
+        assert relative_difference(expected, lower(sliced, Lowering.parse(form))(images)) < 1e-9, form
     return sliced
 
 

@@ -84,6 +84,8 @@ class Scored:
     scores: Tensor
     #: (gates,) bool: what the method itself left open; None where it only ranks them
     opened: Tensor | None = None
+    #: how many gates the method closed at the end for the budget's sake alone
+    forced: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,8 @@
 
 V = sum over all convolution outputs of channels * area. FLOPs = 2 * k^2 * area * n_in * n_out, two per
 multiply-add, convolutions only; a linear layer at many positions (N, ..., features) is a 1x1 convolution.
-Parameters are counted everywhere.
+One whose weights are computed is counted as it stands. Parameters are counted everywhere. What torch counts besides
+(linear layers on vectors, products of tensors, attention) is named by `uncounted_flops`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from bar_edge.records import COSTS, ChannelPlan, Cost, Counts
 #: the costs that stand in Counts
 COUNTED = tuple(field.name for field in dataclasses.fields(Counts))
 
+aten = torch.ops.aten
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LayerCount:
@@ -55,7 +58,8 @@ class Unit:
 
     volume = area * n_out; flops = flop_rate * pairs and params = weights * pairs + vectors * n_out +
     constant, where pairs is the sum over `groups` of n_in * n_out, or n_out for operations on single
-    channels (`alone`). in_width: channels of an input that is there as a whole, else None.
+    channels (`alone`). in_width: channels of an input that is there as a whole, else None. whole: volume and
+    FLOPs of what cannot be pruned, besides.
     """
 
     node: fx.Node
@@ -68,6 +72,24 @@ class Unit:
     constant: int
     groups: int = 1
     in_width: int | None = None
+    whole: tuple[int, int] = (0, 0)
+
+
+COMPUTED_REASON = "its weights are computed"
+#: what convolves with weights that the graph computes
+COMPUTED = {
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.conv3d.padding,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+    aten.convolution.default,
+    aten.linear.default,
+}
 
 
 def units(network: Network, found: Passages) -> list[Unit]:
@@ -79,6 +101,8 @@ def units(network: Network, found: Passages) -> list[Unit]:
         module = network.module_of(node)
         if module is None:
             result += _parameter_units(network, found, node, parameters)
+            if node.target in COMPUTED and any(whole := _computed(network, node)):
+                result.append(Unit(node, node.all_input_nodes[0], True, 0, 0, 0, 0, 0, whole=whole))
             continue
         source, passage, numel = node.all_input_nodes[0], found[node], sum(p.numel() for p in module.parameters())
         if isinstance(module, READERS):
@@ -88,6 +112,26 @@ def units(network: Network, found: Passages) -> list[Unit]:
         elif numel:
             result.append(Unit(node, source, True, 0, 0, 0, 0, numel))
     return result
+
+
+def computed_layers(network: Network) -> list[fx.Node]:
+    """Return the convolutions, and linear layers at many positions, whose weights are computed or not their own."""
+    return [n for n in network.nodes if n.op == "call_function" and n.target in COMPUTED and any(_computed(network, n))]
+
+
+def _computed(network: Network, node: fx.Node) -> tuple[int, int]:
+    """Return volume and FLOPs of a convolution with computed weights for one image; of a layer on vectors none.
+
+    `shapes` are those of two images, which may lie along any axis.
+    """
+    x, weight = (network.shapes[n.name] for n in node.args[:2] if isinstance(n, fx.Node))
+    shape = network.shapes[node.name]
+    if node.target is aten.linear.default:
+        positions = torch.Size(shape[:-1]).numel() * (len(shape) > 2)
+        return positions * shape[-1] // 2, positions * torch.Size(weight).numel()
+    transposed = node.args[6] if node.target is aten.convolution.default else "transpose" in str(node.target)
+    map_shape = x if transposed else shape
+    return torch.Size(shape).numel() // 2, shape[0] * torch.Size(map_shape[2:]).numel() * torch.Size(weight).numel()
 
 
 def _shared_number(module: nn.Module) -> bool:
@@ -170,9 +214,12 @@ class CostCounter:
 
 def count_executed(network: Network) -> Counts:
     """Return the costs of everything that runs, also of zeros that fill up groups or widths."""
-    found, volume, flops = passages(network), 0, 0
-    for node in found:
+    volume = flops = 0
+    for node in network.nodes:
         module = network.module_of(node)
+        if node.op == "call_function" and node.target in COMPUTED:
+            own = _computed(network, node)
+            volume, flops = volume + own[0], flops + own[1]
         if isinstance(module, READERS):
             shape, weight = network.shapes[node.name], module.weight
             assert isinstance(weight, torch.Tensor)
@@ -300,6 +347,10 @@ def _elements(network: Network, node: fx.Node) -> int:
     return torch.Size(network.shapes[node.name]).numel()
 
 
+def _kind(network: Network, node: fx.Node) -> str:
+    return type(network.module_of(node) or network.body).__name__
+
+
 def layers(network: Network, plan: ChannelPlan | None = None) -> list[LayerCount]:
     """Return every operation with parameters as it is counted, in graph order."""
     found = passages(network)
@@ -307,18 +358,18 @@ def layers(network: Network, plan: ChannelPlan | None = None) -> list[LayerCount
     reasons = prunable(network, found)
     result = []
     for unit in units(network, found):
-        name = str(unit.node.target)
+        name = str(unit.node.target) if not any(unit.whole) else unit.node.name
         reason = reasons.get(name, "")
         result.append(
             LayerCount(
                 name=name,
-                kind=type(network.module_of(unit.node) or network.body).__name__,
+                kind=str(unit.node.target) if any(unit.whole) else _kind(network, unit.node),
                 in_channels=unit.in_width or (int(held[unit.source].sum()) if unit.source in held else 0),
                 out_channels=int(held[unit.node].sum()),
                 area=unit.area,
                 **{metric: int(unit_cost(unit, held, COSTS[metric])) for metric in COUNTED},
                 gated=name in reasons and not reason,
-                reason=reason,
+                reason=reason or (COMPUTED_REASON if any(unit.whole) else ""),
             )
         )
     return result

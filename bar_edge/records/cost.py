@@ -33,6 +33,10 @@ class Work(Protocol):
     def constant(self) -> int:
         """Parameters that belong to no channel."""
 
+    @property
+    def whole(self) -> tuple[int, int]:
+        """Activations and FLOPs of a layer that is never pruned but in one piece."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
@@ -84,11 +88,11 @@ def write_cost(value: float, *, short: bool = False) -> str:
 
 
 def _volume(work: Work) -> Rates:
-    return Rates(per_output=work.area)
+    return Rates(per_output=work.area, constant=work.whole[0])
 
 
 def _flops(work: Work) -> Rates:
-    return Rates(per_pair=work.flop_rate)
+    return Rates(per_pair=work.flop_rate, constant=work.whole[1])
 
 
 def _params(work: Work) -> Rates:

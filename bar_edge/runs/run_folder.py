@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bar_edge.config import RunConfig, TrainConfig, to_toml
+from bar_edge.config import PHASES, RunConfig, TrainConfig, to_toml
 from bar_edge.data import DataSource, Split
 from bar_edge.data.source import Targets
 from bar_edge.errors import InputError
@@ -43,11 +43,18 @@ class Run:
     """One RUN folder on its way; every stage is skipped if an interrupted run had finished it."""
 
     def __init__(self, config: RunConfig, out: Path, resume: bool, progress: Progress) -> None:
-        config = portable(config)
-        self.config, self.out, self.progress = config, out, progress
-        self.method = find_method(config.method)
         self.task: Task = load_task(config.task)
         self.data: DataSource = read_data(config)
+        given, train = config.train, config.train.chosen(len(self.data.fit))
+        config = portable(dataclasses.replace(config, train=train))
+        self.config, self.out, self.progress = config, out, progress
+        self.method = find_method(config.method)
+        self.batch, self.epochs = train.batch or 1, {phase: int(getattr(train, phase) or 0) for phase in PHASES}
+        if train != given:
+            epochs = ", ".join(f"{phase} {n}" for phase, n in self.epochs.items())
+            progress.note(
+                f"by the number of training images, {len(self.data.fit):,}: epochs {epochs}; batch {self.batch}"
+            )
         torch.manual_seed(config.seed)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
@@ -103,7 +110,8 @@ class Run:
 
         A lower limit leaves channels out of the plan before, a higher one adds those that were closed last.
         """
-        dense, shorter = self.dense(), dataclasses.replace(self.config.train, tune=-(-self.config.train.tune // 3))
+        dense = self.dense()
+        shorter = dataclasses.replace(self.config.train, tune=-(-self.epochs["tune"] // 3))
         teacher = self.teacher(dense)
         scored = self._scored(dense, teacher)
         plan, forced = plan_within(self.layout_of(scored.network), scored, self.budget.metric, limit, reopen=True)
@@ -117,10 +125,11 @@ class Run:
         file, folder = self.out / "checkpoints" / "gates.safetensors", self.out / "checkpoints" / "folded"
         if file.is_file():
             gates = load_file(file)
-            return Scored(network=Network.load(folder), scores=gates["scores"], opened=gates.get("opened"))
+            network, forced = Network.load(folder), int(gates.get("forced", 0))
+            return Scored(network=network, scores=gates["scores"], opened=gates.get("opened"), forced=forced)
         scored = self.method.score(dense, self._context(dense, teacher))
         scored.network.save(folder)
-        left = {"scores": scored.scores, "opened": scored.opened}
+        left = {"scores": scored.scores, "opened": scored.opened, "forced": torch.tensor(scored.forced)}
         save_file({name: value.cpu() for name, value in left.items() if value is not None}, file)
         return scored
 
@@ -131,7 +140,7 @@ class Run:
             layout=self.layout_of(dense),
             budget=self.budget,
             limit=self.limit,
-            steps=self.data.fit.n_batches(self.config.train.batch, True) * self.config.train.prune,
+            steps=self.data.fit.n_batches(self.batch, True) * self.epochs["prune"],
             teacher=teacher if distills else None,
             soft_loss=self.task.distill if isinstance(self.task, Distills) else soft_cross_entropy,
             train=lambda network, pruner: self._train(network, "prune", pruner=pruner),
@@ -158,7 +167,7 @@ class Run:
         again: how, for a second time, which leaves no trace in the journal.
         """
         self.reestimated = False
-        if self.config.train.tune:
+        if self.epochs["tune"]:
             self._train(sliced, "tune", teacher=teacher, again=again)
             return
         before, kept = copy.deepcopy(sliced.state_dict()), self.evaluate(sliced, "held_out")
@@ -175,9 +184,7 @@ class Run:
 
     def _batches(self, device: torch.device) -> Iterator[tuple[Tensor, Targets]]:
         """Yield training images for statistics: not augmented, always the same."""
-        batches = self.data.fit.batches(
-            self.config.train.batch, train=True, seed=0, epoch=0, device=device, augment="none"
-        )
+        batches = self.data.fit.batches(self.batch, train=True, seed=0, epoch=0, device=device, augment="none")
         return itertools.islice(batches, STATISTICS_BATCHES)
 
     def result(self, dense: Network, sliced: Network, plan: ChannelPlan, forced: int) -> dict[str, Any]:
@@ -243,7 +250,7 @@ class Run:
         """Return the task's metric of a network on a split."""
         train = self.config.train
         part: Split = getattr(self.data, split)
-        return evaluate(network, part, self.task, batch=train.batch, device=train.device, precision=train.precision)
+        return evaluate(network, part, self.task, batch=self.batch, device=train.device, precision=train.precision)
 
     def _train(
         self,

@@ -14,7 +14,7 @@ def score(dense: Network, context: Context) -> Scored:
     pruner = BAR(
         dense,
         budget=config.budget,
-        steps=context.steps,
+        steps=max(1, context.steps),
         teacher=context.teacher,
         config=config.bar,
         distill=config.distill,

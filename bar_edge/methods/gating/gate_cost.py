@@ -44,9 +44,23 @@ class Cost(nn.Module, abc.ABC):
     def expected(self, probability: Tensor) -> Tensor:
         """Return the expected cost, differentiable in the gates' probabilities (gates,) of being open."""
 
-    @abc.abstractmethod
+    @torch.no_grad()
     def hard(self, opened: Tensor) -> float:
         """Return the cost with the given gates open, (gates,) bool."""
+        return float(self.hard_each(opened[None])[0])
+
+    @abc.abstractmethod
+    def hard_each(self, opened: Tensor) -> Tensor:
+        """Return the costs (n,) of n choices of open gates, (n, gates) bool."""
+
+    def widths(self, opened: Tensor) -> Tensor:
+        """Return the numbers of channels (n, rows) of n choices of open gates, (n, gates) bool."""
+        p = self.layout.extended(opened.double())
+        found = self.always.expand(len(p), -1).index_add(1, self.single_row, p[:, self.single_gate])
+        if self.slots:
+            there = p.new_zeros(len(p), self.slots).index_add(1, self.slot, p[:, self.slot_gate]).clamp(max=1)
+            found = found.index_add(1, self.slot_row, there)
+        return found
 
     def alive(self, probability: Tensor) -> Tensor:
         """Return the expected numbers of channels (rows,), for the gates' probabilities (gates,) of being open."""
@@ -86,10 +100,10 @@ class LatencyCost(Cost):
         return latency_ms
 
     @torch.no_grad()
-    def hard(self, opened: Tensor) -> float:
-        """Return the latency with the given gates open, (gates,) bool, widths rounded up as the hardware does."""
-        # sums of zeros and ones through logarithms: what is almost whole is whole
-        return float(self.priced(self.alive(opened.double()).round(), stepped=True))
+    def hard_each(self, opened: Tensor) -> Tensor:
+        """Return the latencies (n,) of n choices of open gates, (n, gates) bool, widths rounded up as in hardware."""
+        latencies: Tensor = self.priced(self.widths(opened), stepped=True)
+        return latencies
 
 
 class GateCost(Cost):
@@ -138,14 +152,17 @@ class GateCost(Cost):
 
     def expected(self, probability: Tensor) -> Tensor:
         """Return the expected cost, differentiable in the gates' probabilities (gates,) of being open."""
-        alive = self.alive(probability)
-        n_out = alive[self.n_out]
-        return (n_out * (self.out_rate + self.pair_rate * alive[self.n_in])).sum() + self.constant
+        return self._of(self.alive(probability))
 
     @torch.no_grad()
-    def hard(self, opened: Tensor) -> float:
-        """Return the cost with the given gates open, (gates,) bool."""
-        return float(self.expected(opened.double()))
+    def hard_each(self, opened: Tensor) -> Tensor:
+        """Return the costs (n,) of n choices of open gates, (n, gates) bool."""
+        return self._of(self.widths(opened))
+
+    def _of(self, widths: Tensor) -> Tensor:
+        """Return the costs (...) of numbers of channels (..., rows)."""
+        pairs = self.out_rate + self.pair_rate * widths[..., self.n_in]
+        return (widths[..., self.n_out] * pairs).sum(-1) + self.constant
 
 
 class _Rows:

@@ -16,8 +16,10 @@ from bar_edge.network.counted_cost import prunable, units
 from bar_edge.network.trace import source_line
 from bar_edge.records import COSTS, Budget, ChannelPlan, Metric
 
-#: how many costs are tried to use what a budget in ms leaves
+#: how many costs are tried to use what a budget leaves, by halving
 REFILLS = 150
+#: share of a counted budget below which further bundles are tried one by one, and in how many a layer may fail
+ENOUGH, FAILURES = 0.99, 4
 
 
 def budget_limit(layout: GateLayout, budget: Budget) -> float:
@@ -279,8 +281,9 @@ def project(
 
     scores: (gates,), opened: (gates,) bool. The best channel of every protected set stays. Ties: the larger
     map goes first. Gates that operators or `round_to` tie together open and close together: a bundle half
-    of which is open opens. Costs are those of `count`, after dead layers are removed. In ms, all that still
-    fits opens again, whatever closed it: up to the hardware's next step a channel costs nothing.
+    of which is open opens. Costs are those of `count`, after dead layers are removed. Then what still fits opens
+    again, the best first: in ms whatever closed it, for up to the hardware's next step a channel costs nothing;
+    of a counted budget so much that it is used up or no further bundle fits.
     """
     opened, scores = opened.cpu(), scores.detach().cpu().double()
     by_table = COSTS[metric].of_device
@@ -318,10 +321,15 @@ def project(
         middle = (low + high) // 2
         low, high = (low, middle) if fits(left(middle)) else (middle, high)
     chosen = left(high)
-    if by_table:
-        ranked = by_area[torch.argsort(-mean[by_area], stable=True)]
-        chosen = _refilled(chosen, ranked[~chosen[ranked]], fits)
-    return layout.plan(chosen[bundle]), int(size[alive & ~chosen].sum())
+    ranked = by_area[torch.argsort(-mean[by_area], stable=True)]
+    chosen = _refilled(chosen, ranked[~chosen[ranked]], fits)
+    if not by_table and layout.cost(layout.kept(chosen[bundle]), metric) < ENOUGH * limit:
+        layers = torch.cat([torch.full((n,), i) for i, (_, n) in enumerate(layout.offsets.values())])
+        layer = torch.zeros(len(size), dtype=torch.int64).index_put((bundle,), layers)
+        chosen = _filled(chosen, ranked[~chosen[ranked]], layer, fits)
+    opened_again = chosen[bundle] & ~alive[bundle]
+    dead = opened_again & ~layout.living(chosen[bundle])  # nobody feeds or reads them: they cost nothing, closed too
+    return layout.plan(chosen[bundle] & ~dead), int(size[alive & ~chosen].sum())
 
 
 def plan_within(
@@ -336,7 +344,7 @@ def plan_within(
     start = everything if reopen else left_open
     plan, closed = project(layout, scored.scores, start, metric, limit)
     forced = 0 if scored.opened is None else max(0, closed - int((start & ~left_open).sum()))
-    return plan, forced
+    return plan, forced + scored.forced
 
 
 def _refilled(alive: Tensor, closed: Tensor, fits: Callable[[Tensor], bool]) -> Tensor:
@@ -353,6 +361,20 @@ def _refilled(alive: Tensor, closed: Tensor, fits: Callable[[Tensor], bool]) -> 
         elif len(bundles) > 1:
             half = len(bundles) // 2
             pending += [bundles[half:], bundles[:half]]
+    return alive
+
+
+def _filled(alive: Tensor, closed: Tensor, layer: Tensor, fits: Callable[[Tensor], bool]) -> Tensor:
+    """Open closed bundles one by one, the best first, until none fits; bundles of one layer cost nearly the same."""
+    failed = torch.zeros(int(layer.max()) + 1, dtype=torch.int64)
+    for one in closed.tolist():
+        if failed[layer[one]] < FAILURES:
+            trial = alive.clone()
+            trial[one] = True
+            if fits(trial):
+                alive = trial
+            else:
+                failed[layer[one]] += 1
     return alive
 
 
