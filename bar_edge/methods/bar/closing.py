@@ -39,6 +39,14 @@ class Tier:
     dying: Tensor | None = None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Move:
+    """Gates (gates,) bool that close together, and the importance that goes with them."""
+
+    gates: Tensor
+    lost: Tensor
+
+
 class Closer:
     """Closes gates of a network, the least important for what they cost first; one metric."""
 
@@ -63,7 +71,7 @@ class Closer:
         spent = self.cost(opened)
         moves = [self._moves(tier, opened, importance) for tier in self.tiers] if spent > limit else []
         while spent > limit:
-            best = self._best([move for own in moves for move in own], opened, importance)
+            best = self._best([move for own in moves for move in own], opened)
             if best is None:
                 return
             before = opened
@@ -75,24 +83,27 @@ class Closer:
                 if bool(closed[tier.gate].any()):
                     moves[i] = self._moves(tier, opened, importance)
 
-    def _best(self, moves: list[Tensor], opened: Tensor, importance: Tensor) -> Tensor | None:
+    def _best(self, moves: list[Move], opened: Tensor) -> Tensor | None:
         """Return the gates (gates,) bool of the move that loses least per cost saved, None if none saves anything."""
         if not moves:
             return None
-        closed = torch.stack(moves) & opened
+        closed = torch.stack([move.gates for move in moves]) & opened
+        lost = torch.stack([move.lost for move in moves])
         after = opened & ~closed
         allowed = torch.ones(len(after), dtype=torch.bool)
         for ids, n in self.protected:
             allowed &= after[:, ids].sum(1) >= n
         costs = self.price.hard_each(torch.cat([after, opened[None]]))
         saved = costs[-1] - costs[:-1]
-        ratio = (closed * importance).sum(1) / saved
-        ratio = torch.where(allowed & (saved > 1e-9 * self.full), ratio, torch.inf)
+        ratio = torch.where(allowed & (saved > 1e-9 * self.full), lost / saved, torch.inf)
         best = int(ratio.argmin())
         return closed[best] if bool(ratio[best].isfinite()) else None
 
-    def _moves(self, tier: Tier, opened: Tensor, importance: Tensor) -> list[Tensor]:
-        """Return sets of gates (gates,) bool that lead a tier to the next lower widths."""
+    def _moves(self, tier: Tier, opened: Tensor, importance: Tensor) -> list[Move]:
+        """Return what leads a tier to lower widths, or away.
+
+        A layer that goes takes others along, before or behind it in a chain: what is lost is the chain, once.
+        """
         there = opened[tier.gate]
         gate, channel = tier.gate[there], tier.channel[there]
         alive = torch.zeros(tier.width, dtype=torch.bool).index_fill(0, channel, True)
@@ -108,9 +119,10 @@ class Closer:
             for target in targets:
                 out = torch.zeros(tier.width, dtype=torch.bool)
                 out[order[: width - target]] = True
-                moves.append(torch.zeros_like(opened).index_fill(0, gate[out[channel]], True))
+                closed = gate[out[channel]]
+                moves.append(Move(torch.zeros_like(opened).index_fill(0, closed, True), importance[closed].sum()))
         if width and tier.dying is not None:
-            moves.append(torch.zeros_like(opened).index_fill(0, tier.dying, True))
+            moves.append(Move(torch.zeros_like(opened).index_fill(0, tier.dying, True), importance[gate].sum()))
         return moves
 
     def _levels(self, width: int, unit: int) -> tuple[int, ...]:
