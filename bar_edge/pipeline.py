@@ -123,7 +123,7 @@ def with_table(
 
     Raises InputError for a table of another lowering.
     """
-    if Budget.parse(config.budget).metric != "ms":
+    if not Budget.parse(config.budget).cost.of_device:
         return config
     if config.table:
         priced = str(LatencyTable.load(Path(config.table)).lowering)
@@ -296,7 +296,7 @@ def bench(
     if the outputs are wrong or the median misses a budget in ms.
     """
     limit = Budget.parse(budget) if budget else None
-    if limit is not None and limit.metric != "ms":
+    if limit is not None and not limit.cost.of_device:
         raise InputError("a budget in milliseconds, such as 8ms", got=limit.text, consequence="nothing was measured")
     older = load_measurement(against) if against is not None and against.suffix == ".json" else None
     files = [target] if against is None or older else [target, against]
@@ -352,7 +352,7 @@ def deploy(
     A budget in ms to train for is met by the table first, then by measuring and pruning again (closing.py).
     """
     find_method(config.method)
-    in_ms = Budget.parse(config.budget).metric == "ms"
+    in_ms = Budget.parse(config.budget).cost.of_device
     runtime = runtime or runtime_of(target) or "onnxruntime-cpu"
     if in_ms:
         config = with_table(

@@ -37,7 +37,7 @@ def close_loop(
     file = folder / "rounds.json"
     rounds: list[Round] = read_json(file)["rounds"] if file.is_file() else []
     verdicts: dict[int, dict[str, Any]] = {}
-    limit: float | None = min(run.limit, run.layout.cost({}, "ms"))
+    limit: float | None = min(run.limit, run.layout.cost({}, run.budget.metric))
     while True:
         while not rounds or (len(rounds) <= ROUNDS and (limit := next_limit(run, rounds)) is not None):
             if rounds and limit is not None:
@@ -87,7 +87,7 @@ def next_limit(run: Run, rounds: list[Round]) -> float | None:
     else:
         nearest = below or above or rounds[-1]
         limit = nearest["by_table"] * aim / nearest["measured"]
-    limit = min(max(limit, smallest_cost(run.layout, "ms")), run.layout.cost({}, "ms"))
+    limit = min(max(limit, smallest_cost(run.layout, run.budget.metric)), run.layout.cost({}, run.budget.metric))
     return None if any(abs(found["limit"] / limit - 1) < 1e-3 for found in rounds) else limit
 
 
