@@ -213,6 +213,7 @@ def rebuild(data: dict[str, Any]) -> tuple[fx.GraphModule, Shapes, Any]:
 
 
 def dtype_named(name: str) -> torch.dtype:
+    """Return a type by its name, as `torch.float32`."""
     dtype = getattr(torch, name.removeprefix("torch."))
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name} is not a dtype")

@@ -1,4 +1,4 @@
-"""Tensors that forward reads by itself: layer scales, class tokens, position biases, norms and masks written by hand."""
+"""Tensors that forward reads by itself: layer scales, class tokens, position biases, norms and masks by hand."""
 
 from __future__ import annotations
 
