@@ -75,13 +75,19 @@ BUILD_S = 3600.0
 
 
 def check_target(target: str, precision: str, recipe: str, on: str, max_drop: float | None) -> None:
-    """Raise EnvironmentLacks unless the target exists in this precision and here, InputError for a useless device.
+    """Raise InputError unless the target exists in this precision, EnvironmentLacks unless it does here.
 
-    recipe: of INT8, or auto; InputError for another target's. max_drop: asks for a runtime here that computes the file.
+    recipe: of INT8, or auto; InputError for another target's, and for a useless device.
+    max_drop: asks for a runtime here that computes the file.
     """
     if precision not in TARGETS.get(target, ()):
         known = "; ".join(f"{name} in {', '.join(precisions)}" for name, precisions in TARGETS.items())
-        raise EnvironmentLacks(f"one of: {known}", got=f"{target} in {precision}", consequence="nothing was written")
+        raise InputError(
+            f"one of: {known}",
+            got=f"{target} in {precision}",
+            consequence="nothing was started",
+            remedy="choose one of these",
+        )
     recipes = ("auto", *(RECIPES[target] if precision == "int8" else ()))
     if recipe not in recipes:
         raise InputError(
@@ -96,7 +102,7 @@ def check_target(target: str, precision: str, recipe: str, on: str, max_drop: fl
             "a runtime here that computes the file, for --max-drop",
             got=f"{target} in {precision}, which ONNX Runtime has no kernels for",
             consequence="nothing was written",
-            remedy="leave --max-drop away, or use fp16",
+            remedy="omit --max-drop, or use fp16",
         )
     if on != "local" and target != "trt":
         raise InputError("--on for --target trt, which is built on the device", got=f"--target {target}")
