@@ -41,10 +41,10 @@ _NOTHING = "nothing was started"
 
 def check_prune(request: PruneRequest, out: Path, *, resume: bool) -> None:
     """Raise InputError or EnvironmentLacks for what `prune` could not do; the folder must be free, or resumed."""
+    find_method(request.method)
     check_spec(request.model, request.model_arg)
     check_data(request.data)
     check_task(request.task)
-    find_method(request.method)
     parse_augmentation(request.train.augment, ())
     choose_device(request.train.device)
     for option in ("weights", "teacher", "table"):

@@ -13,7 +13,7 @@ from bar_edge.config import TrainConfig
 from bar_edge.errors import BarEdgeError
 from bar_edge.files import read_json
 from bar_edge.pipeline import export_run, prune
-from bar_edge.requests import PruneRequest
+from bar_edge.requests import ExportRequest, PruneRequest
 from bar_edge.targets.row import PRECISIONS
 from bar_edge.targets.table import ELSEWHERE, TARGETS, find_target, forms_for
 from bar_edge_calibration.recipe import recipes
@@ -39,7 +39,7 @@ def test_every_target_in_every_precision_is_written_or_refused(
     target, folder = TARGETS[name], tmp_path / "artifact"
     try:
         answer: dict[str, Any] = export_run(
-            run, target=name, precision=precision, lowering="slices:4", data="random", out=folder
+            run, ExportRequest(target=name, precision=precision, lowering="slices:4", data="random"), out=folder
         )
     except BarEdgeError as error:
         assert error.exit_code in (2, 3) and not folder.exists()
