@@ -145,7 +145,8 @@ class BAR:
         before, gradient = gates.opened(), gates.log_alpha.grad
         if gradient is not None and bool(gradient.isfinite().all()):
             if isinstance(self.optimizer, ClosingSteps):
-                self.optimizer.step(gradient, self.schedule.upper(gates.step + 1))
+                ahead = gates.step + self.optimizer.every  # the budget at the next comparison
+                self.optimizer.step(gradient, self.schedule.upper(ahead))
             else:
                 self.optimizer.step(gradient + self.weight * self._stats["barrier"] * self._cost_gradient)
         for own, n in self.protected:
