@@ -27,7 +27,10 @@ from bar_edge.network.channels import (
 )
 from bar_edge.network.liveness import Held, held_channels
 from bar_edge.network.network import Network
-from bar_edge.records import ChannelPlan, Counts
+from bar_edge.records import COSTS, ChannelPlan, Cost, Counts
+
+#: the costs that stand in Counts
+COUNTED = tuple(field.name for field in dataclasses.fields(Counts))
 
 aten = torch.ops.aten
 
@@ -189,17 +192,23 @@ class CostCounter:
     def count(self, kept: Mapping[str, Sequence[int]]) -> Counts:
         """Return the costs for kept channels by layer name (absent name: all), liveness closed."""
         held = held_channels(self.network, kept, self.found)
-        volume = flops = params = 0
-        again = dict.fromkeys(self.again, 0)
+        return Counts(**{name: int(self._total(held, COSTS[name])) for name in COUNTED})
+
+    def total(self, kept: Mapping[str, Sequence[int]], cost: Cost) -> float:
+        """Return one cost alone, in its own unit."""
+        return self._total(held_channels(self.network, kept, self.found), cost)
+
+    def _total(self, held: Held, cost: Cost) -> float:
+        total: float = 0
+        again = dict[str, float]()  # a module that is called twice has its parameters once
         for unit in self.units:
-            v, f, p = unit_costs(unit, held)
-            volume, flops, name = volume + v, flops + f, str(unit.node.target)
-            if name in again:  # a module that is called twice has its parameters once
-                again[name] = max(again[name], p)
+            own, name = unit_cost(unit, held, cost), str(unit.node.target)
+            if cost.of_parameters and name in self.again:
+                again[name] = max(again.get(name, 0), own)
             else:
-                params += p
-        params += sum(again.values()) + sum(n for n, node in self.loose if _runs(node, held))
-        return Counts(volume=volume, flops=flops, params=params)
+                total += own
+        loose = sum(n for n, node in self.loose if _runs(node, held)) if cost.of_parameters else 0
+        return total + sum(again.values()) + loose
 
 
 def count_executed(network: Network) -> Counts:
@@ -251,16 +260,11 @@ def _module_parameters(network: Network, node: fx.Node) -> list[nn.Parameter]:
     return list(module.parameters()) if module is not None else []
 
 
-def unit_costs(unit: Unit, held: Held) -> tuple[int, int, int]:
-    """Return volume, FLOPs and parameters of a unit with the channels that are held."""
-    out = held[unit.node]
-    n_out = int(out.sum())
-    pairs = n_out if unit.alone else _pairs(unit, held)
-    if not n_out:
-        return 0, 0, 0
-    volume, flops = unit.whole
-    params = unit.weights * pairs + unit.vectors * n_out + unit.constant
-    return volume + unit.area * n_out, flops + unit.flop_rate * pairs, params
+def unit_cost(unit: Unit, held: Held, cost: Cost) -> float:
+    """Return what a unit costs with the channels that are held."""
+    rates, n_out = cost.rates(unit), int(held[unit.node].sum())
+    pairs = 0 if not rates.per_pair else n_out if unit.alone else _pairs(unit, held)
+    return rates.per_output * n_out + rates.per_pair * pairs + (rates.constant if n_out else 0)
 
 
 def _pairs(unit: Unit, held: Held) -> int:
@@ -361,7 +365,6 @@ def layers(network: Network, plan: ChannelPlan | None = None) -> list[LayerCount
     reasons = prunable(network, found)
     result = []
     for unit in units(network, found):
-        volume, flops, params = unit_costs(unit, held)
         name = str(unit.node.target) if not any(unit.whole) else unit.node.name
         reason = reasons.get(name, "")
         result.append(
@@ -371,9 +374,7 @@ def layers(network: Network, plan: ChannelPlan | None = None) -> list[LayerCount
                 in_channels=unit.in_width or (int(held[unit.source].sum()) if unit.source in held else 0),
                 out_channels=int(held[unit.node].sum()),
                 area=unit.area,
-                volume=volume,
-                flops=flops,
-                params=params,
+                **{metric: int(unit_cost(unit, held, COSTS[metric])) for metric in COUNTED},
                 gated=name in reasons and not reason,
                 reason=reason or (COMPUTED_REASON if any(unit.whole) else ""),
             )

@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 from bar_edge.errors import InputError
 from bar_edge.files import read_json, write_json
-from bar_edge.network.graph_json import FORMAT, describe, rebuild, tie, without_aliases
+from bar_edge.network.graph_json import FORMAT, describe, dtype_named, rebuild, tie, without_aliases
 
 if TYPE_CHECKING:
     from bar_edge.network.channels import Passages
@@ -76,6 +76,9 @@ class Network(nn.Module):
         """Hash of the graph and its modules' settings, not of the weights, their types, which are frozen or absent."""
         described = describe(self.body, self.input_shapes, self.out_spec)
         del described["dtypes"], described["frozen"]
+        for tensor in described["tensors"].values():
+            if dtype_named(tensor["dtype"]).is_floating_point:  # the same network in float64
+                tensor["dtype"] = "torch.float32"
         for settings in described["modules"].values():
             settings.pop("affine", None)
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

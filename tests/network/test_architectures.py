@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from bar_edge.methods import GateLayout, smallest_cost
+from bar_edge.methods import GateLayout, random_plan, smallest_cost
 from bar_edge.methods.gating.gate_cost import GateCost
 from bar_edge.methods.gating.gated_network import GatedNetwork, fold
-from bar_edge.methods.gating.projection import project, protected_gates, random_plan
+from bar_edge.methods.gating.projection import project, protected_gates
 from bar_edge.network import Network, count, layers, trace
 from bar_edge.network.cross_check import uncounted_flops
 from bar_edge.records import ChannelPlan
