@@ -1,5 +1,6 @@
 """The worked examples of CONTRIBUTING.md, executed as they stand there: one file and one line each."""
 
+import dataclasses
 import re
 import sys
 import types
@@ -15,9 +16,13 @@ from bar_edge.errors import InputError
 from bar_edge.methods import method as methods
 from bar_edge.models import build
 from bar_edge.network import count, trace
+from bar_edge.network.channels import table
 from bar_edge.records import Budget, cost
 from bar_edge.report import write_report
-from bar_edge.requests import PruneRequest
+from bar_edge.requests import ExportRequest, PruneRequest
+from bar_edge.targets.table import TARGETS
+from tests import meaning
+from tests.small import Net, check, conv
 
 TRAIN = TrainConfig(dense=0, prune=1, tune=0, device="cpu", batch=256)
 
@@ -75,3 +80,25 @@ def test_a_cost(examples: dict[str, str], tmp_path: Path, monkeypatch: pytest.Mo
     assert f"of at most {limit:,.0f} picojoules" in " ".join(write_report(tmp_path / "run").read_text().split())
     inspected = pipeline.inspect_model("resnet20", model_args=("width=0.25",), data="digits")
     assert inspected["costs"]["energy"]["full"] == pytest.approx(4 * limit)
+
+
+def test_a_rule(examples: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module, kept = Net(lambda s, x: s.h(torch.erfc(s.a(x))), a=conv(3, 6), h=conv(6, 2)), {"a": (0, 3)}
+    assert check(module, kept).body.get_submodule("h").in_channels == 6  # right, but at full width
+    added = line(examples["a line of RULES in bar_edge/network/channels/table.py"], vars(table))
+    monkeypatch.setitem(table.RULES, *added.popitem())
+    monkeypatch.setitem(meaning.RULES, "erfc", meaning.RULES["cos"])
+    assert check(module, kept).body.get_submodule("h").in_channels == 2
+
+
+def test_a_target(examples: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = dataclasses.replace(TRAIN, prune=0)
+    pipeline.prune(dataclasses.replace(config(method="random"), train=train), tmp_path / "run")
+    with pytest.raises(InputError):
+        pipeline.export_run(tmp_path / "run", ExportRequest(target="dot"))
+    exec(examples["bar_edge/targets/dot.py"], names := dict[str, Any]())
+    added = line(examples["a row of TARGETS in bar_edge/targets/table.py"], names)
+    monkeypatch.setitem(TARGETS, *added.popitem())
+    answer = pipeline.export_run(tmp_path / "run", ExportRequest(target="dot"))
+    drawing = (Path(answer["artifact"]) / answer["file"]).read_text()
+    assert answer["verdict"] and drawing.startswith("digraph {") and "conv1" in drawing
