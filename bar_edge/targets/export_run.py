@@ -25,7 +25,7 @@ from bar_edge.targets.form_search import Choice, choose_lowering
 from bar_edge.targets.onnx.file import Preprocessing, parity_onnx
 from bar_edge.targets.onnx.target import ONNX
 from bar_edge.targets.row import Conversion, Target
-from bar_edge.targets.tensorrt.engine import EngineOptions
+from bar_edge.targets.tensorrt.options import EngineOptions
 from bar_edge.training import Task
 from bar_edge_calibration.recipe import Recipe, load_recipe
 
