@@ -19,14 +19,16 @@ from bar_edge.files import read_json, write_json
 from bar_edge.latency_budget.measured_loop import close_loop
 from bar_edge.latency_budget.profile_device import plot_table, profile_network
 from bar_edge.methods import GateLayout, smallest_cost
+from bar_edge.methods.method import find_method
 from bar_edge.models import load_weights
 from bar_edge.network import Network, count, is_network_folder
+from bar_edge.network.modes import modes_apart
 from bar_edge.progress import NoProgress, Progress
 from bar_edge.records import Budget, ChannelPlan
 from bar_edge.records.latency_table import LatencyTable
 from bar_edge.records.lowering import Lowering
 from bar_edge.report import write_report
-from bar_edge.runs.inspection import modes_apart, preflight
+from bar_edge.runs.inspection import preflight
 from bar_edge.runs.run_folder import PARITY_LIMIT, Run, check_folder, describe_budget, masked_parity, versions
 from bar_edge.runs.specs import (
     SAMPLE_IMAGES,
@@ -51,6 +53,7 @@ def prune(config: RunConfig, out: Path, *, resume: bool = False, progress: Progr
 
     Raises InputError before any training if the model, data, weights, budget or folder will not do.
     """
+    find_method(config.method)
     config = with_table(config, out, resume=resume, progress=progress)
     run = Run(config, out, resume, progress or NoProgress())
     if run.finished():
@@ -348,6 +351,7 @@ def deploy(
 
     A budget in ms to train for is met by the table first, then by measuring and pruning again (closing.py).
     """
+    find_method(config.method)
     in_ms = Budget.parse(config.budget).metric == "ms"
     runtime = runtime or runtime_of(target) or "onnxruntime-cpu"
     if in_ms:

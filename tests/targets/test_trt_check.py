@@ -11,8 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from bar_edge.errors import InputError
 from bar_edge.lowering.lower import lower
-from bar_edge.methods import GateLayout
-from bar_edge.methods.gating.projection import random_plan
+from bar_edge.methods import GateLayout, random_plan
 from bar_edge.models import ZOO, build
 from bar_edge.network import Network, count, trace
 from bar_edge.records.lowering import Lowering
