@@ -45,11 +45,13 @@ from bar_edge.targets.artifact import ArtifactSpec, write_artifact
 from bar_edge.targets.form_search import choose_lowering
 from bar_edge.targets.onnx.file import Preprocessing, parity_onnx
 from bar_edge.targets.torch_source.source import write_torch_source
-from bar_edge.targets.verify import MANIFEST, verify_artifact
+from bar_edge.targets.verify import MANIFEST, overflow_note, verify_artifact
 from bar_edge.training import load_task
 from bar_edge_calibration.recipe import load_recipe
 
 SAMPLES = 8
+#: how many times as fast as float32 INT8 must be beyond doubt
+INT8_GAIN = 1.02
 
 
 def prune(config: RunConfig, out: Path, *, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
@@ -233,7 +235,8 @@ def export_run(
     on held-out training images against float32, in points. on, engine: where an engine is built, and NAME=VALUE of its
     options.
     The verdict is no if the file computes something else (an earlier artifact then stays), if its target's runtime
-    does, if `auto` finds the dense network faster, or if the metric drops by more than max_drop.
+    does, unless `auto` finds it faster than the dense network beyond doubt, if INT8 is not beyond doubt INT8_GAIN times
+    as fast as float32, or if the metric drops by more than max_drop.
     """
     targets.check_target(target, precision, recipe, on, max_drop)
     engine_options = targets.engine_options(engine)
@@ -300,7 +303,11 @@ def export_run(
         result["parity"]["sliced_vs_onnx"] = parity
         write_json(run / "result.json", result)
         held_out = targets.HeldOut(
-            data=source, task=load_task(config.task), structure=network.out_spec, as_input=as_input
+            data=source,
+            task=load_task(config.task),
+            structure=network.out_spec,
+            as_input=as_input,
+            as_written=precision == "int8" and target not in targets.RUNTIMES,
         )
         if within and not final:
             manifest = targets.write_converted(
@@ -326,12 +333,17 @@ def export_run(
     dropped = max_drop is not None and scores is not None and scores["drop_points"] > max_drop + 1e-7
     if scores is not None and dropped:
         warnings.append(f"the metric dropped by {scores['drop_points']:.2f} points, by more than {max_drop:g}")
-    if speed is not None and speed["high"] < 1:
+    slow = precision == "int8" and speed is not None and speed["low"] < INT8_GAIN
+    if speed is not None and slow:
+        times = "{speedup:.2f} times as fast as fp32 in the same form (95 %: {low:.2f} to {high:.2f})".format(**speed)
+        warnings.append(f"INT8 is {times}, not beyond doubt {INT8_GAIN} times: ship --precision fp32")
+    elif speed is not None and speed["high"] < 1:
         warnings.append(f"{1 / speed['speedup']:.2f} times slower than fp32 in the same form: ship --precision fp32")
     return {
         "verdict": written
         and manifest["parity"]["within"] is not False
         and not dropped
+        and not slow
         and (choice is None or choice.faster),
         "artifact": str(folder),
         "lowering": lowering,
@@ -371,7 +383,8 @@ def bench(
         raise InputError("a budget in milliseconds, such as 8ms", got=limit.text, consequence="nothing was measured")
     older = load_measurement(against) if against is not None and against.suffix == ".json" else None
     files = [target] if against is None or older else [target, against]
-    made_for = read_json(target / MANIFEST).get("target", "") if (target / MANIFEST).is_file() else ""
+    manifest = read_json(target / MANIFEST) if (target / MANIFEST).is_file() else {}
+    made_for = manifest.get("target", "")
     found = bench_onnx(
         files,
         runtime=runtime or targets.RUNTIMES.get(made_for, "onnxruntime-cpu"),
@@ -385,6 +398,7 @@ def bench(
     comparison = compare(found[0], older or found[1]) if against else None
     file = save_measurement(target, found[0], budget=limit, comparison=comparison)
     answer = summary(found[0], budget=limit, comparison=comparison)
+    answer["warnings"] += overflow_note(manifest, found[0].environment)
     run = target.resolve().parent.parent
     if target.is_dir() and (run / "result.json").is_file():
         entry = {key: answer[key] for key in ("name", "on", "runtime", "precision", "threads", "batch")}

@@ -29,7 +29,7 @@ from bar_edge.network.network import unflatten
 from bar_edge.targets.artifact import convert_artifact
 from bar_edge.targets.onnx.file import Preprocessing, export_onnx
 from bar_edge.targets.onnx.parity import cpu_session
-from bar_edge.targets.onnx.precision import to_half
+from bar_edge.targets.onnx.precision import require_native_bf16, to_half
 from bar_edge.targets.tensorrt.bundle import SCRIPT, write_bundle
 from bar_edge.targets.tensorrt.device_build import ENGINE, build_and_check
 from bar_edge.targets.tensorrt.engine import EngineOptions, import_tensorrt, manifest_path
@@ -91,6 +91,8 @@ def check_target(target: str, precision: str, recipe: str, on: str, max_drop: fl
         )
     if target == "trt" and on == "local":
         import_tensorrt()
+    if (target, precision) in HINTED:
+        require_native_bf16()
     if max_drop is not None and (target, precision) in UNSCORED:
         raise EnvironmentLacks(
             "a runtime here that computes the file, for --max-drop",
@@ -178,10 +180,12 @@ class HeldOut:
     structure: Any
     #: from normalised images to what the file's input is
     as_input: Callable[[Tensor], Tensor]
+    #: compute what a file means, where no runtime here is the one that it is for
+    as_written: bool = False
 
     def score(self, model: Path, hint: str | None = None) -> float:
         """Return the metric in ONNX Runtime, or in OpenVINO with its hint; higher is better."""
-        run = _openvino(model, hint) if hint else _onnxruntime(model)
+        run = _openvino(model, hint) if hint else _onnxruntime(model, self.as_written)
         module = _Session(run, self.structure, self.as_input)
         metric = evaluate(module, self.data.held_out, self.task, batch=256, device="cpu", precision="fp32")
         return metric if self.task.higher_is_better else -metric
@@ -351,8 +355,8 @@ def _to_fp16(model: Path, new: Path) -> None:
     to_half(model, new, "fp16")
 
 
-def _onnxruntime(model: Path) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
-    session = cpu_session(model)
+def _onnxruntime(model: Path, as_written: bool) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
+    session = cpu_session(model, as_written=as_written)
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images})
 
