@@ -44,7 +44,7 @@ from bar_edge.targets.export_run import Pruned, Wanted, export_network, export_s
 from bar_edge.targets.onnx.file import Preprocessing
 from bar_edge.targets.table import TARGETS, check_target, runtime_of
 from bar_edge.targets.tensorrt.target import engine_options
-from bar_edge.targets.verify import MANIFEST, verify_artifact
+from bar_edge.targets.verify import MANIFEST, overflow_note, verify_artifact
 from bar_edge.training import load_task
 
 
@@ -231,7 +231,8 @@ def export_run(
     on held-out training images against float32, in points. on, engine: where an engine is built, and NAME=VALUE of its
     options.
     The verdict is no if the file computes something else (an earlier artifact then stays), if its target's runtime
-    does, if `auto` finds the dense network faster, or if the metric drops by more than max_drop.
+    does, unless `auto` finds it faster than the dense network beyond doubt, if INT8 is not beyond doubt INT8_GAIN times
+    as fast as float32, or if the metric drops by more than max_drop.
     """
     check_target(target, precision, recipe, on, max_drop)
     wanted = Wanted(
@@ -300,7 +301,8 @@ def bench(
         raise InputError("a budget in milliseconds, such as 8ms", got=limit.text, consequence="nothing was measured")
     older = load_measurement(against) if against is not None and against.suffix == ".json" else None
     files = [target] if against is None or older else [target, against]
-    made_for = read_json(target / MANIFEST).get("target", "") if (target / MANIFEST).is_file() else ""
+    manifest = read_json(target / MANIFEST) if (target / MANIFEST).is_file() else {}
+    made_for = manifest.get("target", "")
     found = bench_onnx(
         files,
         runtime=runtime or runtime_of(made_for) or "onnxruntime-cpu",
@@ -314,6 +316,7 @@ def bench(
     comparison = compare(found[0], older or found[1]) if against else None
     file = save_measurement(target, found[0], budget=limit, comparison=comparison)
     answer = summary(found[0], budget=limit, comparison=comparison)
+    answer["warnings"] += overflow_note(manifest, found[0].environment)
     run = target.resolve().parent.parent
     if target.is_dir() and (run / "result.json").is_file():
         entry = {key: answer[key] for key in ("name", "on", "runtime", "precision", "threads", "batch")}
