@@ -120,8 +120,8 @@ def finetuned(
     return write
 
 
-def _onnxruntime(model: Path) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
-    session = cpu_session(model)
+def _onnxruntime(model: Path, as_written: bool) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
+    session = cpu_session(model, as_written=as_written)
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images})
 
