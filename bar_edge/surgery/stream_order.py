@@ -33,7 +33,9 @@ def is_identity(passage: Passage) -> bool:
 
 def joins(passage: Passage) -> bool:
     """Tell whether a tensor's channels are those of its inputs: sums, products, operators on each channel."""
-    return passage.kind in ("add", "mul") or is_identity(passage)
+    ends = (passage.links[0], passage.links[-1]) if passage.links else ()
+    halves = len({link.source for link in ends}) == 1 and not torch.equal(ends[0].inputs, ends[-1].inputs)  # glu
+    return (passage.kind in ("add", "any", "mul") and not halves) or is_identity(passage)
 
 
 def streams(found: Passages) -> dict[fx.Node, fx.Node]:
