@@ -30,7 +30,7 @@ from bar_edge.requests import (
     prune_request,
 )
 from bar_edge.targets.table import TARGETS, check_target, runtime_of
-from bar_edge.targets.tensorrt.engine import import_tensorrt
+from bar_edge.targets.tensorrt.bindings import import_tensorrt
 from bar_edge.targets.tensorrt.target import engine_options
 from bar_edge.training import check_task, choose_device
 
