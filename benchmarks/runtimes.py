@@ -156,7 +156,7 @@ def write_files(name: str, folder: Path, data: DataSource) -> None:
 def outputs(runtime: str, precision: str, path: Path, images: np.ndarray) -> np.ndarray:
     """Run all images in batches."""
     settings = runner.Settings(1, BATCH, "bf16" if precision == "bf16" else "fp32", True)
-    loaded = runner.RUNTIMES[runtime](path, path.name, settings)
+    loaded = runner.RUNTIMES[runtime].load(path, path.name, settings)
     return np.concatenate([np.array(loaded.run([images[i : i + BATCH]])[0]) for i in range(0, len(images), BATCH)])
 
 

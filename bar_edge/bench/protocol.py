@@ -25,7 +25,6 @@ from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
 from bar_edge.files import read_json, write_json
 from bar_edge.records import Budget, Latency
 
-RUNTIMES = tuple(runner.RUNTIMES)
 _ERRORS = {"InputError": InputError, "EnvironmentLacks": EnvironmentLacks, "BarEdgeError": BarEdgeError}
 #: that the building of an engine may take, per file
 _BUILD_SECONDS = 1200.0
@@ -90,7 +89,7 @@ def bench_onnx(
         "layers": layers,
         "caches": caches,
     }
-    build_s = _BUILD_SECONDS if runtime in runner.BUILDERS else 0
+    build_s = _BUILD_SECONDS if runner.RUNTIMES[runtime].builds else 0
     limit = timeout_s or 120 + (3 * seconds + build_s) * len(files)
     if on == "local":
         finished = _run_here({**request, "files": described}, limit)
@@ -224,7 +223,7 @@ def runtimes_here() -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "tiny.onnx"
         model.write_bytes(_tiny_model())
-        for runtime in RUNTIMES:
+        for runtime in runner.RUNTIMES:
             try:
                 (measured,) = bench_onnx([model], runtime=runtime, seconds=0.01)
                 found[runtime] = f"works, version {measured.environment['runtime_version']}"
@@ -239,9 +238,9 @@ def runtimes_here() -> dict[str, str]:
 
 
 def _check(files: list[dict[str, Any]], runtime: str, threads: int, batch: int, seconds: float) -> None:
-    if runtime not in RUNTIMES:
-        raise InputError(f"a runtime out of: {', '.join(RUNTIMES)}", got=runtime, consequence=_NOTHING)
-    known = runner.PRECISIONS[runtime]
+    if runtime not in runner.RUNTIMES:
+        raise InputError(f"a runtime out of: {', '.join(runner.RUNTIMES)}", got=runtime, consequence=_NOTHING)
+    known = runner.RUNTIMES[runtime].precisions
     others = [file["precision"] for file in files if file["precision"] not in known]
     if others:
         raise InputError(f"for {runtime} a precision out of: {', '.join(known)}", got=others[0], consequence=_NOTHING)

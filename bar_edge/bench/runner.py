@@ -235,24 +235,37 @@ def _load_onnxruntime(path: Path, name: str, settings: Settings, provider: str, 
     )
 
 
-RUNTIMES: dict[str, Callable[[Path, str, Settings], Loaded]] = {
-    "onnxruntime-cpu": load_onnxruntime_cpu,
-    "onnxruntime-cuda": load_onnxruntime_cuda,
-    "onnxruntime-tensorrt": load_onnxruntime_tensorrt,
-    "openvino-cpu": load_openvino_cpu,
-    "tensorrt": load_tensorrt,
+class Runtime(NamedTuple):
+    """One line of RUNTIMES: what runs a file."""
+
+    load: Callable[[Path, str, Settings], Loaded]
+    #: what it can compute in where the file leaves it open; bf16 rounds by itself, without calibration
+    precisions: tuple[str, ...] = ("fp32",)
+    #: builds an engine before the first run, which takes minutes
+    builds: bool = False
+    #: that must be here, and what installs it; a provider of ONNX Runtime, and where it computes if not on the CPU
+    package: str = ""
+    install: str = ""
+    provider: str = ""
+    on_gpu: bool = False
+
+
+RUNTIMES: dict[str, Runtime] = {
+    "onnxruntime-cpu": Runtime(load_onnxruntime_cpu),
+    "onnxruntime-cuda": Runtime(load_onnxruntime_cuda, provider="CUDAExecutionProvider", on_gpu=True),
+    "onnxruntime-tensorrt": Runtime(
+        load_onnxruntime_tensorrt,
+        # it must be allowed the types that are in a file of fp16, bf16 or int8
+        precisions=("fp32", "fp16", "bf16", "int8"),
+        builds=True,
+        provider="TensorrtExecutionProvider",
+        on_gpu=True,
+    ),
+    "openvino-cpu": Runtime(
+        load_openvino_cpu, precisions=("fp32", "bf16"), package="openvino", install='"bar-edge[openvino]"'
+    ),
+    "tensorrt": Runtime(load_tensorrt, builds=True, on_gpu=True),
 }
-#: what a runtime can compute in where the file leaves it open; bf16 rounds by itself, without calibration. ONNX
-#: Runtime's TensorRT must be allowed the types that are in a file of fp16, bf16 or int8.
-PRECISIONS = {
-    "onnxruntime-cpu": ("fp32",),
-    "onnxruntime-cuda": ("fp32",),
-    "onnxruntime-tensorrt": ("fp32", "fp16", "bf16", "int8"),
-    "openvino-cpu": ("fp32", "bf16"),
-    "tensorrt": ("fp32",),
-}
-#: runtimes that build an engine before the first run, which takes minutes
-BUILDERS = ("onnxruntime-tensorrt", "tensorrt")
 #: the least tolerance of the outputs: bf16 keeps 8 bits of each number, layer after layer
 LEAST_TOLERANCE = {"fp32": 0.0, "fp16": 0.02, "bf16": 0.05, "int8": 0.05}
 
@@ -289,7 +302,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     """
     package("numpy")
     files, batch = request["files"], request["batch"]
-    alone, on_gpu = len(files) == 1, not request["runtime"].endswith("-cpu")
+    alone, on_gpu = len(files) == 1, RUNTIMES[request["runtime"]].on_gpu
     precisions = [file.get("precision", request["precision"]) for file in files]
     models: list[Loaded] = []
     found: list[dict[str, Any]] = []
@@ -298,7 +311,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         doing("loading", file)
         folders = request.get("modules", ""), request.get("caches", "")
         settings = Settings(request["threads"], batch, precision, alone, *folders)
-        models.append(RUNTIMES[request["runtime"]](Path(file["path"]), file["name"], settings))
+        models.append(RUNTIMES[request["runtime"]].load(Path(file["path"]), file["name"], settings))
         _check_inputs(models[-1], batch)
     environment = {
         **{name: request[name] for name in ("runtime", "threads", "batch", "seed")},

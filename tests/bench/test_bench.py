@@ -160,7 +160,7 @@ def tensorrt_options(path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
     with pytest.raises(runner.Problem) as caught:
-        runner.RUNTIMES["onnxruntime-tensorrt"](path, path.name, runner.Settings(1, 1, precision, True))
+        runner.RUNTIMES["onnxruntime-tensorrt"].load(path, path.name, runner.Settings(1, 1, precision, True))
     assert caught.value.fields["kind"] == "EnvironmentLacks" and "TensorRT" in caught.value.fields["remedy"]
     assert [name for name, _ in given] == ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
     return given[0][1]
@@ -171,7 +171,7 @@ def test_onnxruntimes_tensorrt_is_allowed_what_the_precision_needs(
 ) -> None:
     path = relu_file(tmp_path / "a.onnx")
     caches = set()
-    for precision in runner.PRECISIONS["onnxruntime-tensorrt"]:
+    for precision in runner.RUNTIMES["onnxruntime-tensorrt"].precisions:
         options = tensorrt_options(path, monkeypatch, precision)
         flags = {name for name in options if re.fullmatch("trt_(fp16|bf16|int8)_enable", name)}
         assert flags == ({f"trt_{precision}_enable"} if precision != "fp32" else set())
@@ -191,7 +191,7 @@ def test_the_real_onnxruntime_knows_our_tensorrt_options(tmp_path: Path, monkeyp
         pytest.skip(f"onnxruntime-gpu cannot be downloaded: {type(error).__name__}")
     (bindings,) = wheel.glob("onnxruntime/capi/onnxruntime_pybind11_state*.so")
     text = bindings.read_bytes().decode("latin-1")
-    for precision in runner.PRECISIONS["onnxruntime-tensorrt"]:
+    for precision in runner.RUNTIMES["onnxruntime-tensorrt"].precisions:
         for name, value in tensorrt_options(relu_file(tmp_path / "a.onnx"), monkeypatch, precision).items():
             said = re.search(f"The value for the key '{name}' should be ([^\0]*)", text)
             assert said and (value in said.group(1) if name.endswith("_enable") else "a path" in said.group(1)), name

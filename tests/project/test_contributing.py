@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bar_edge import pipeline
+from bar_edge.bench import protocol, runner
 from bar_edge.config import TrainConfig
 from bar_edge.errors import InputError
 from bar_edge.methods import method as methods
@@ -19,11 +20,13 @@ from bar_edge.network import count, trace
 from bar_edge.network.channels import table
 from bar_edge.records import Budget, cost
 from bar_edge.report import write_report
-from bar_edge.requests import ExportRequest, PruneRequest
+from bar_edge.requests import BenchRequest, ExportRequest, PruneRequest
+from bar_edge.runs.door import check_bench
 from bar_edge.targets.table import TARGETS
 from tests import meaning
 from tests.small import Net, check, conv
 
+RUN_HERE = ("onnxruntime-cpu", "onnx-reference")
 TRAIN = TrainConfig(dense=0, prune=1, tune=0, device="cpu", batch=256)
 
 
@@ -102,3 +105,27 @@ def test_a_target(examples: dict[str, str], tmp_path: Path, monkeypatch: pytest.
     answer = pipeline.export_run(tmp_path / "run", ExportRequest(target="dot"))
     drawing = (Path(answer["artifact"]) / answer["file"]).read_text()
     assert answer["verdict"] and drawing.startswith("digraph {") and "conv1" in drawing
+
+
+def test_a_runtime(examples: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured as `bench` does in its process, beside ONNX Runtime."""
+    file = tmp_path / "model.onnx"
+    file.write_bytes(protocol._tiny_model())
+    settings = {"threads": 1, "batch": 1, "precision": "fp32", "seconds": 0.01, "seed": 0}
+    request = {**settings, "runtime": "onnx-reference", "files": [{"name": file.name, "path": str(file)}]}
+    with pytest.raises(InputError):
+        protocol.bench_onnx([file], runtime="onnx-reference")
+    exec(examples["bar_edge/bench/runner.py"], names := vars(runner).copy())
+    added = line(examples["a line of RUNTIMES in bar_edge/bench/runner.py"], names)
+    monkeypatch.setitem(runner.RUNTIMES, *added.popitem())
+    found = runner.measure(request)
+    assert len(found["models"][0]["samples_ms"]) >= 10 and found["environment"]["runtime"] == "onnx-reference"
+    check_bench(BenchRequest(), "onnx-reference")
+    loaded = [runner.RUNTIMES[name].load(file, file.name, runner.Settings(1, 1, "fp32", True)) for name in RUN_HERE]
+    arrays = runner.random_inputs(loaded[0], 1, seed=0)
+    first, second = ([torch.tensor(output) for output in one.run(arrays)] for one in loaded)
+    assert loaded[0].inputs[0][0] == loaded[1].inputs[0][0]
+    assert torch.allclose(first[0], second[0])
+    file.write_bytes(b"no network")
+    with pytest.raises(runner.Problem, match="reference implementation loads"):
+        runner.RUNTIMES["onnx-reference"].load(file, file.name, runner.Settings(1, 1, "fp32", True))
