@@ -22,7 +22,7 @@ from bar_edge.lowering.placement import (
 )
 from bar_edge.lowering.widen import select, widen
 from bar_edge.network import Expand, MixedAdd, Network
-from bar_edge.network.channels import called_again, operands, passages
+from bar_edge.network.channels import called_again, operands
 from bar_edge.network.graph_json import attach
 from bar_edge.network.movement import MOVEMENTS
 from bar_edge.records.lowering import PLAIN, Form, Lowering, Packing, Rounding
@@ -46,8 +46,7 @@ def lower(network: Network, lowering: Lowering) -> Network:
     if lowering == Lowering.paper:
         return _Lowerer(copy.deepcopy(network), []).run()
     network = folded(network)
-    found = passages(network)
-    streams = residual_streams(network, found)
+    streams = residual_streams(network)
     forms = list(lowering.each(len(streams)))
     sizes = _sizes(network, streams)
     packings = _packings(sizes, forms)
@@ -56,8 +55,8 @@ def lower(network: Network, lowering: Lowering) -> Network:
         forms = [dataclasses.replace(form, packing=packings.get(size, PLAIN)) for form, size in sized]
         places: dict[fx.Node, Placement] = {}
         for stream, form in zip(streams, forms, strict=False):
-            places |= stream_placements(network, found, stream, form)
-        places |= rounded_placements(network, found, places, _roundings(network, streams, forms))
+            places |= stream_placements(network, stream, form)
+        places |= rounded_placements(network, places, _roundings(network, streams, forms))
         lowered = _Lowerer(widen(network, places), forms).run()
         packed = {lowered.shapes[node.name][2:] for node in packable(lowered, packings)}
         if packed == packings.keys():
@@ -69,7 +68,7 @@ def lower(network: Network, lowering: Lowering) -> Network:
 def stream_sizes(network: Network) -> list[tuple[int, ...]]:
     """Return the size of image of every residual stream, each of which may have a form of its own."""
     network = folded(network)
-    return _sizes(network, residual_streams(network, passages(network)))
+    return _sizes(network, residual_streams(network))
 
 
 def folded(network: Network) -> Network:
@@ -119,8 +118,8 @@ class _Lowerer:
 
     def __init__(self, network: Network, forms: list[Form]) -> None:
         self.network, self.literal = network, not forms
-        self.found, self.again = passages(network), called_again(network)
-        streams = residual_streams(network, self.found)
+        self.found, self.again = network.channels, called_again(network)
+        streams = residual_streams(network)
         self.form = {node: form for stream, form in zip(streams, forms, strict=False) for node in stream.channels}
         self.runs = {
             node: runs

@@ -33,8 +33,9 @@ def is_identity(passage: Passage) -> bool:
 
 def joins(passage: Passage) -> bool:
     """Tell whether a tensor's channels are those of its inputs: sums, products, operators on each channel."""
-    ends = (passage.links[0], passage.links[-1]) if passage.links else ()
-    halves = len({link.source for link in ends}) == 1 and not torch.equal(ends[0].inputs, ends[-1].inputs)  # glu
+    halves = len({link.source for link in passage.links}) == 1 < len(passage.links) and not torch.equal(
+        passage.links[0].inputs, passage.links[1].inputs
+    )  # of one tensor, one by the other (glu)
     return (passage.kind in ("add", "any", "mul") and not halves) or is_identity(passage)
 
 

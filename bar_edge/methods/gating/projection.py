@@ -214,7 +214,7 @@ def _cheapest(layout: GateLayout, metric: Metric) -> dict[fx.Node, float]:
     In ms that is the way with the fewest FLOPs: one channel takes what a few take, wherever it is.
     """
     found, network = layout.found, layout.network
-    by_node = {unit.node: unit for unit in units(network, found)}
+    by_node = {unit.node: unit for unit in units(network)}
     best: dict[fx.Node, float] = {}
     for node in network.nodes:
         passage, step = found.get(node), 0.0

@@ -135,4 +135,4 @@ def power(network: Network, node: fx.Node, found: Passages) -> Passage | None:
 def filled(network: Network, node: fx.Node, found: Passages) -> Passage | None:
     """Rule of a tensor of one number in the shape of another."""
     zero = node.target is aten.zeros_like.default or (node.target is aten.full_like.default and node.args[1] == 0)
-    return same_axis(zero)(network, node, found)
+    return same_axis(bool(zero))(network, node, found)
