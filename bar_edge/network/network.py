@@ -36,12 +36,26 @@ class Network(nn.Module):
     def __init__(self, body: fx.GraphModule, input_shapes: tuple[tuple[int, ...], ...], out_spec: Structure) -> None:
         super().__init__()
         self.body, self.input_shapes, self.out_spec = body, input_shapes, out_spec
+        #: what whoever hands the module over should know of its trace
+        self.notes: tuple[str, ...] = ()
         body.graph.lint()
         _check_structure(out_spec, len(body.graph.output_node().args[0]))  # type: ignore[arg-type]
         self.shapes, self.sizes = propagate_shapes(body, input_shapes)
 
     def forward(self, *inputs: Tensor) -> Any:
-        """Run the graph and return what the user's module returned."""
+        """Run the graph and return what the user's module returned.
+
+        Raises InputError for inputs of another shape than the trace's, the batch aside: sizes that forward
+        computes with are numbers in the graph.
+        """
+        for x, shape in zip(inputs, self.input_shapes, strict=False):
+            if tuple(x.shape[1:]) != shape:
+                raise InputError(
+                    f"an input of shape Nx{'x'.join(map(str, shape))}, as the network was traced",
+                    got="x".join(map(str, x.shape)),
+                    consequence="its answer would be wrong without a word",
+                    remedy="resize the images, or trace the network with --input of this size",
+                )
         return unflatten(self.body(*inputs), self.out_spec)
 
     @property
