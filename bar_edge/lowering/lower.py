@@ -100,7 +100,7 @@ def _packings(sizes: list[tuple[int, ...]], forms: list[Form]) -> dict[tuple[int
 def _lowered(network: Network, forms: list[Form]) -> Network:
     """Copy a graph, its sums in the forms of its streams, the tensors of which are in place."""
     writer = Writer(network)
-    streams = list(zip(residual_streams(network, writer.found), forms, strict=False))
+    streams = list(zip(residual_streams(network), forms, strict=False))
     form = {node: form for stream, form in streams for node in stream.channels}
     blocks = Blocks(writer, [stream for stream, form in streams if form.kind == "blocks"])
     return writer.run(blocks, Deferred(writer, form), Added(writer, form))
