@@ -17,7 +17,6 @@ from torch import fx, nn
 from bar_edge.network.channels import (
     READERS,
     TRANSPOSED,
-    attribute,
     called_again,
     cut_parameters,
     is_parameter,
@@ -26,6 +25,7 @@ from bar_edge.network.channels import (
 )
 from bar_edge.network.liveness import Held, held_channels
 from bar_edge.network.network import Network
+from bar_edge.network.prunable import module_parameters, prunable
 from bar_edge.records import COSTS, ChannelPlan, Cost, Counts
 
 #: the costs that stand in Counts
@@ -116,7 +116,8 @@ def units(network: Network) -> list[Unit]:
 
 def computed_layers(network: Network) -> list[fx.Node]:
     """Return the convolutions, and linear layers at many positions, whose weights are computed or not their own."""
-    return [n for n in network.nodes if n.op == "call_function" and n.target in COMPUTED and any(_computed(network, n))]
+    asked = (n for n in network.channels if n.op == "call_function" and n.target in COMPUTED)
+    return [node for node in asked if any(_computed(network, node))]
 
 
 def _computed(network: Network, node: fx.Node) -> tuple[int, int]:
@@ -241,7 +242,7 @@ def _loose(network: Network) -> list[tuple[int, fx.Node]]:
     """Return these parameters: how many numbers each has, and the node that reads it."""
     found = network.channels
     named = dict(network.body.named_parameters())
-    owned = {id(p) for node in network.nodes if node.op == "call_module" for p in _module_parameters(network, node)}
+    owned = {id(p) for node in network.nodes if node.op == "call_module" for p in module_parameters(network, node)}
     read = {str(node.target): node for node in network.nodes if node.op == "get_attr" and node.users}
     counted = set[fx.Node]()
     for node in found:
@@ -258,11 +259,6 @@ def _runs(node: fx.Node, held: Held) -> bool:
     )
 
 
-def _module_parameters(network: Network, node: fx.Node) -> list[nn.Parameter]:
-    module = network.module_of(node)
-    return list(module.parameters()) if module is not None else []
-
-
 def unit_cost(unit: Unit, held: Held, cost: Cost) -> float:
     """Return what a unit costs with the channels that are held."""
     rates, n_out = cost.rates(unit), int(held[unit.node].sum())
@@ -275,89 +271,6 @@ def _pairs(unit: Unit, held: Held) -> int:
     if unit.in_width is not None:
         return int(outputs.sum()) * (unit.in_width // unit.groups)
     return int((held[unit.source].view(unit.groups, -1).sum(1) * outputs).sum())
-
-
-def prunable(network: Network) -> dict[str, str]:
-    """Return every convolution and linear layer with the reason why its outputs cannot be pruned, "" if they can."""
-    found = network.channels
-    fixed, reasons, shared = _reaching_output(network), dict[str, str](), _read_elsewhere(network)
-    for node, passage in found.items():
-        if not isinstance(network.module_of(node), READERS):
-            continue
-        name = str(node.target)
-        if passage.kind == "map":
-            mixes = isinstance(network.module_of(node), nn.Linear)
-            reason = f"{'mixes positions' if mixes else 'depthwise'}: follows its input"
-        elif passage.kind != "read":
-            reason = "its input has no channels along the axis that it reads"
-        elif name in shared:
-            reason = "its weights are also read elsewhere"
-        elif node in fixed:
-            reason = "its channels are the network's output"
-        else:
-            reason = "scales channels: follows them" if scaled_by(network, node) is not None else ""
-        reasons[name] = reasons.get(name) or reason
-    return reasons
-
-
-def _read_elsewhere(network: Network) -> set[str]:
-    """Return the modules one of whose parameters the graph reads by itself, or another module has too."""
-    readers: dict[int, set[str]] = {}
-    for node in network.nodes:
-        if node.op == "get_attr":
-            readers.setdefault(id(attribute(network, node)), set()).add(node.name)
-        for parameter in _module_parameters(network, node):
-            readers.setdefault(id(parameter), set()).add(str(node.target))
-    return {name for names in readers.values() if len(names) > 1 for name in names}
-
-
-def _reaching_output(network: Network) -> set[fx.Node]:
-    """Return all tensors whose channels reach an output of the network without another layer between."""
-    found = network.channels
-    fixed: set[fx.Node] = set()
-    pending = [node for output in network.nodes if output.op == "output" for node in output.all_input_nodes]
-    while pending:
-        node = pending.pop()
-        if node not in fixed:
-            fixed.add(node)
-            stops = isinstance(network.module_of(node), READERS) and found[node].kind != "map"
-            passed = [link.source for link in found[node].links] if node in found else []
-            pending += [] if stops else passed or ([] if node.op == "placeholder" else node.all_input_nodes)
-    return fixed
-
-
-def scaled_by(network: Network, node: fx.Node) -> fx.Node | None:
-    """Return the product in which the channels of a layer scale those of a larger tensor, if they do nothing else."""
-    found = network.channels
-    products = set[fx.Node]()
-    pending = [(user, _elements(network, node)) for user in node.users]
-    while pending:
-        user, least = pending.pop()
-        passage = found.get(user)
-        if passage is None or passage.width != found[node].width:
-            return None
-        if passage.kind == "mul" and len(passage.links) == 2:
-            if least >= _elements(network, user):
-                return None
-            products.add(user)
-        elif _passes_on(network, node, user):
-            pending += [(later, min(least, _elements(network, user))) for later in user.users]
-        else:
-            return None
-    return products.pop() if len(products) == 1 else None
-
-
-def _passes_on(network: Network, node: fx.Node, user: fx.Node) -> bool:
-    """Tell whether what an operator makes of a layer's channels is them alone, or a sum of as few elements."""
-    found = network.channels
-    passage, sources = found[user], [n for n in user.all_input_nodes if n in found]
-    if passage.kind == "add":
-        return all(_elements(network, n) <= _elements(network, node) for n in (*sources, user))
-    return passage.kind in ("map", "pick", "spread") and len(sources) == 1
-
-
-def _elements(network: Network, node: fx.Node) -> int:
-    return torch.Size(network.shapes[node.name]).numel()
 
 
 def _kind(network: Network, node: fx.Node) -> str:

@@ -13,10 +13,11 @@ from torch import Tensor, fx, nn
 from bar_edge.errors import InputError
 from bar_edge.network import Network, prunable
 from bar_edge.network.channels import Link, Passage, called_again, is_whole
-from bar_edge.network.counted_cost import CostCounter, scaled_by
+from bar_edge.network.counted_cost import CostCounter
 from bar_edge.network.cross_check import uncounted_flops
 from bar_edge.network.liveness import held_channels
 from bar_edge.network.priced_operations import LatencyCounter
+from bar_edge.network.prunable import scaled_by
 from bar_edge.records import COSTS, ChannelPlan, Metric
 from bar_edge.records.latency_table import LatencyTable
 from bar_edge.surgery.stream_order import is_identity

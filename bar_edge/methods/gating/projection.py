@@ -12,7 +12,8 @@ from bar_edge.errors import InputError
 from bar_edge.methods.gating.layout import GateLayout
 from bar_edge.methods.method import Scored
 from bar_edge.network.channels import Passage, is_whole
-from bar_edge.network.counted_cost import prunable, units
+from bar_edge.network.counted_cost import units
+from bar_edge.network.prunable import prunable
 from bar_edge.network.trace import source_line
 from bar_edge.records import COSTS, Budget, ChannelPlan, Metric
 
