@@ -136,7 +136,7 @@ class Writes:
         if target is aten.transpose.int:
             return graph.call_function(target, (value, args["dim0"], args["dim1"]))
         if target in (aten.t.default, aten.mT.default):
-            return graph.call_function(target, (value,))  # type: ignore[arg-type]
+            return graph.call_function(target, (value,))
         raise _refused(node, view)
 
     def _joined(self, node: fx.Node, shape: Any, whole: fx.Node, value: fx.Node, cut: dict[str, Any]) -> fx.Node:
