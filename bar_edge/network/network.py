@@ -162,7 +162,7 @@ def propagate_shapes(
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             module = body.get_submodule(str(n.target)) if n.op == "call_module" else None
-            same = isinstance(module, _KEEP_SHAPE)  # fake BatchNorm takes a hundredth of a second
+            same = isinstance(module, KEEP_SHAPE)  # fake BatchNorm takes a hundredth of a second
             # as dense as what a norm makes, also of an expanded tensor
             value = torch.empty_like(self.fetch_args_kwargs_from_env(n)[0][0]) if same else super().run_node(n)
             first = value[0] if isinstance(value, tuple | list) and n.target in _PAIRS else value
@@ -183,7 +183,8 @@ def propagate_shapes(
     return shapes, sizes
 
 
-_KEEP_SHAPE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout)
+#: what keeps the shape of its input
+KEEP_SHAPE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout)
 #: operators that return values and their indices: their shape is that of the values
 _PAIRS = {
     torch.ops.aten.max.dim,
