@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import platform
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,17 @@ from bar_edge.errors import InputError
 from bar_edge.files import read_json, write_json
 from bar_edge.latency_budget.measured_loop import close_loop
 from bar_edge.latency_budget.profile_device import plot_table, profile_network
-from bar_edge.lowering.lower import lower
 from bar_edge.methods import GateLayout, smallest_cost
+from bar_edge.methods.method import find_method
 from bar_edge.models import load_weights
 from bar_edge.network import Network, count, is_network_folder
-from bar_edge.network.counted_cost import count_executed
+from bar_edge.network.modes import modes_apart
 from bar_edge.progress import NoProgress, Progress
 from bar_edge.records import Budget, ChannelPlan
 from bar_edge.records.latency_table import LatencyTable
+from bar_edge.records.lowering import Lowering
 from bar_edge.report import write_report
-from bar_edge.runs.inspection import modes_apart, preflight
+from bar_edge.runs.inspection import preflight
 from bar_edge.runs.run_folder import PARITY_LIMIT, Run, check_folder, describe_budget, masked_parity, versions
 from bar_edge.runs.specs import (
     SAMPLE_IMAGES,
@@ -40,18 +40,12 @@ from bar_edge.runs.specs import (
     trace_module,
 )
 from bar_edge.surgery import slice_network
-from bar_edge.targets import target as targets
-from bar_edge.targets.artifact import ArtifactSpec, write_artifact
-from bar_edge.targets.form_search import choose_lowering
-from bar_edge.targets.onnx.file import Preprocessing, parity_onnx
-from bar_edge.targets.torch_source.source import write_torch_source
+from bar_edge.targets.export_run import Pruned, Wanted, export_network, export_source
+from bar_edge.targets.onnx.file import Preprocessing
+from bar_edge.targets.table import TARGETS, check_target, runtime_of
+from bar_edge.targets.tensorrt.target import engine_options
 from bar_edge.targets.verify import MANIFEST, overflow_note, verify_artifact
 from bar_edge.training import load_task
-from bar_edge_calibration.recipe import load_recipe
-
-SAMPLES = 8
-#: how many times as fast as float32 INT8 must be beyond doubt
-INT8_GAIN = 1.02
 
 
 def prune(config: RunConfig, out: Path, *, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
@@ -59,6 +53,7 @@ def prune(config: RunConfig, out: Path, *, resume: bool = False, progress: Progr
 
     Raises InputError before any training if the model, data, weights, budget or folder will not do.
     """
+    find_method(config.method)
     config = with_table(config, out, resume=resume, progress=progress)
     run = Run(config, out, resume, progress or NoProgress())
     if run.finished():
@@ -96,14 +91,15 @@ def profile(
         raise InputError(
             "a place for the table", got=f"{out.name}: {error.strerror}", remedy="choose another"
         ) from error
-    options: dict[str, Any] = {"runtime": runtime, "threads": threads, "lowering": lowering, "on": on}
-    table = profile_network(network, out, model=model, **options, progress=progress)
+    options: dict[str, Any] = {"runtime": runtime, "threads": threads, "on": on}
+    chosen = Lowering.parse_or_auto(lowering)
+    table = profile_network(network, out, model=model, lowering=chosen, **options, progress=progress)
     plot_table(table, out.with_suffix(".svg"))
     layout = GateLayout(network, table=table)
     return {
         "table": out.name,
         "plot": out.with_suffix(".svg").name,
-        "lowering": table.lowering,
+        "lowering": str(table.lowering),
         "step": table.step,
         "full_ms": layout.cost({}, "ms"),
         "smallest_ms": smallest_cost(layout, "ms"),
@@ -130,7 +126,7 @@ def with_table(
     if Budget.parse(config.budget).metric != "ms":
         return config
     if config.table:
-        priced = LatencyTable.load(Path(config.table)).lowering
+        priced = str(LatencyTable.load(Path(config.table)).lowering)
         if lowering not in ("auto", priced):
             raise InputError(
                 f"--lowering {priced}, which the table prices",
@@ -235,129 +231,51 @@ def export_run(
     on held-out training images against float32, in points. on, engine: where an engine is built, and NAME=VALUE of its
     options.
     The verdict is no if the file computes something else (an earlier artifact then stays), if its target's runtime
-    does, unless `auto` finds it faster than the dense network beyond doubt, if INT8 is not beyond doubt INT8_GAIN times
-    as fast as float32, or if the metric drops by more than max_drop.
+    does, unless `auto` finds it faster than the dense network beyond doubt, if INT8 is not beyond doubt 1.02 times as
+    fast as float32, or if the metric drops by more than max_drop.
     """
-    targets.check_target(target, precision, recipe, on, max_drop)
-    engine_options = targets.engine_options(engine)
+    check_target(target, precision, recipe, on, max_drop)
+    wanted = Wanted(
+        target=TARGETS[target],
+        precision=precision,
+        recipe=recipe,
+        lowering=Lowering.parse_or_auto(lowering),
+        runtime=runtime,
+        threads=threads,
+        choice_seconds=choice_seconds,
+        with_preprocessing=with_preprocessing,
+        max_drop=max_drop,
+        on=on,
+        engine=engine_options(engine),
+    )
     if data == RANDOM and max_drop is not None:
         raise InputError("--data with labels for --max-drop", got=RANDOM, consequence="nothing was written")
     result, config = _read_result(run), run_config(read_toml(run / "config.toml"))
     network, folder = Network.load(run / "network"), out or run / "artifacts" / f"{target}-{precision}"
-    if target == "torch":
-        return {"verdict": True, "artifact": str(folder), "file": write_torch_source(network, folder).name}
+    if wanted.target.write is not None:
+        return export_source(wanted.target.write, network, folder)
     preprocessing = Preprocessing(mean=tuple(result["input"]["mean"]), std=tuple(result["input"]["std"]))
-    inside = preprocessing if with_preprocessing else None
-    choice, int8 = None, None
-    if precision == "int8" and recipe == "auto":
-        form = "regular:16" if lowering == "auto" else lowering
-        int8 = targets.faster_recipe(target, network, runtime=runtime, lowering=form, threads=threads)
-    elif precision == "int8":
-        int8 = load_recipe(recipe)
-    if lowering == "auto" and target not in targets.RUNTIMES:
-        lowering = targets.UNMEASURED[precision]
-    if lowering == "auto":
-        choice = choose_lowering(
-            network,
-            Network.load(run / "dense"),
-            runtime=runtime or targets.RUNTIMES[target],
-            precision=precision,
-            threads=threads,
-            seconds=choice_seconds,
-            preprocessing=inside,
-            convert=targets.for_speed(precision, int8),
-            progress=progress,
-        )
-        lowering = choice.lowering
-    spec = ArtifactSpec(
-        preprocessing=preprocessing,
-        with_preprocessing=with_preprocessing,
-        classes=tuple(result["input"]["classes"]),
-        budget=config.budget,
-        plan=ChannelPlan.from_json(read_json(run / "plan.json")),
-        lowering=lowering,
-        choice=dataclasses.asdict(choice) if choice else None,
-        target=target,
-    )
+    classes = tuple(result["input"]["classes"])
     if data == RANDOM:
         channels, height, width = network.input_shapes[0]
-        source = random_data((channels, height, width), spec.classes, preprocessing.mean, preprocessing.std)
+        source = random_data((channels, height, width), classes, preprocessing.mean, preprocessing.std)
     else:
         source = read_data(dataclasses.replace(config, data=data or config.data))
-    mean, std = (torch.tensor(result["input"][key])[:, None, None] for key in ("mean", "std"))
-
-    def as_input(images: torch.Tensor) -> torch.Tensor:
-        return ((images * std + mean) * 255).round().to(torch.uint8) if with_preprocessing else images
-
-    number = targets.BUNDLE_SAMPLES if target.startswith("trt") else SAMPLES
-    images = as_input(sample_images(source, max(number, SAMPLE_IMAGES)))
-    final = precision == "fp32" and target in targets.RUNTIMES
-    lowered = lower(network, lowering)
-    with tempfile.TemporaryDirectory() as scratch:
-        first = folder if final else Path(scratch) / "fp32"
-        manifest = write_artifact(lowered, first, samples=images[:number], spec=spec, reference=network)
-        within, parity = bool(manifest["parity"]["within"]), manifest["parity"]["error"]
-        if within:
-            parity = parity_onnx(network, first / "model.onnx", images, preprocessing=inside)
-            within = parity <= manifest["parity"]["tolerance"]
-        result["parity"]["sliced_vs_onnx"] = parity
-        write_json(run / "result.json", result)
-        held_out = targets.HeldOut(
-            data=source,
-            task=load_task(config.task),
-            structure=network.out_spec,
-            as_input=as_input,
-            as_written=precision == "int8" and target not in targets.RUNTIMES,
-        )
-        if within and not final:
-            manifest = targets.write_converted(
-                first,
-                folder,
-                target=target,
-                precision=precision,
-                recipe=int8,
-                held_out=held_out,
-                max_drop=max_drop,
-                tuned=targets.finetuned(network, lowering, source, inside),
-                on=on,
-                engine=engine_options,
-            )
-        written = within and manifest["parity"]["within"] is not False
-        if written:
-            manifest = targets.prove(manifest, folder, first, held_out=held_out, threads=threads)
-    executed = count_executed(lowered)
-    conversion = manifest.get("conversion") or {}
-    scores, speed = manifest.get("held_out"), manifest.get("speedup_over_fp32")
-    warnings = [*conversion.get("warnings", ()), *manifest.get("tensorrt", {}).get("slow", ())]
-    # a drop of exactly max_drop is within, but for the last bits of shares of images
-    dropped = max_drop is not None and scores is not None and scores["drop_points"] > max_drop + 1e-7
-    if scores is not None and dropped:
-        warnings.append(f"the metric dropped by {scores['drop_points']:.2f} points, by more than {max_drop:g}")
-    slow = precision == "int8" and speed is not None and speed["low"] < INT8_GAIN
-    if speed is not None and slow:
-        times = "{speedup:.2f} times as fast as fp32 in the same form (95 %: {low:.2f} to {high:.2f})".format(**speed)
-        warnings.append(f"INT8 is {times}, not beyond doubt {INT8_GAIN} times: ship --precision fp32")
-    elif speed is not None and speed["high"] < 1:
-        warnings.append(f"{1 / speed['speedup']:.2f} times slower than fp32 in the same form: ship --precision fp32")
-    return {
-        "verdict": written
-        and manifest["parity"]["within"] is not False
-        and not dropped
-        and not slow
-        and (choice is None or choice.faster),
-        "artifact": str(folder),
-        "lowering": lowering,
-        "choice": manifest["choice"],
-        "parity": {"sliced_vs_onnx": parity, "images": len(images), precision: manifest["parity"]["error"]},
-        "held_out": scores,
-        "settings": conversion.get("settings"),
-        "speedup_over_fp32": speed,
-        "latency": manifest.get("latency"),
-        "warnings": warnings,
-        "volume_executed": executed.volume,
-        "flops_executed": executed.flops,
-        "bytes": (folder / "model.onnx").stat().st_size if written else None,
-    }
+    pruned = Pruned(
+        network=network,
+        dense=Network.load(run / "dense"),
+        plan=ChannelPlan.from_json(read_json(run / "plan.json")),
+        budget=config.budget,
+        classes=classes,
+        preprocessing=preprocessing,
+        task=load_task(config.task),
+        data=source,
+        images=sample_images(source, max(wanted.target.samples, SAMPLE_IMAGES)),
+    )
+    answer = export_network(wanted, pruned, folder, progress)
+    result["parity"]["sliced_vs_onnx"] = answer["parity"]["sliced_vs_onnx"]
+    write_json(run / "result.json", result)
+    return answer
 
 
 def bench(
@@ -387,7 +305,7 @@ def bench(
     made_for = manifest.get("target", "")
     found = bench_onnx(
         files,
-        runtime=runtime or targets.RUNTIMES.get(made_for, "onnxruntime-cpu"),
+        runtime=runtime or runtime_of(made_for) or "onnxruntime-cpu",
         precision=precision,
         threads=threads,
         batch=batch,
@@ -436,13 +354,14 @@ def deploy(
 
     A budget in ms to train for is met by the table first, then by measuring and pruning again (closing.py).
     """
+    find_method(config.method)
     in_ms = Budget.parse(config.budget).metric == "ms"
-    runtime = runtime or targets.RUNTIMES.get(target, "onnxruntime-cpu")
+    runtime = runtime or runtime_of(target) or "onnxruntime-cpu"
     if in_ms:
         config = with_table(
             config, out, resume=resume, runtime=runtime, threads=threads, lowering=lowering, progress=progress
         )
-        lowering = LatencyTable.load(Path(config.table or "")).lowering
+        lowering = str(LatencyTable.load(Path(config.table or "")).lowering)
     prune(config, out, resume=resume, progress=progress)
 
     def export() -> dict[str, Any]:

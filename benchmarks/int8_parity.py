@@ -32,6 +32,7 @@ from bar_edge.files import read_json, write_json
 from bar_edge.lowering.lower import lower
 from bar_edge.models import build
 from bar_edge.network import Network, trace
+from bar_edge.records.lowering import Lowering
 from bar_edge.runs.run_folder import versions
 from bar_edge.surgery import slice_network
 from bar_edge.targets.onnx.file import export_onnx
@@ -75,7 +76,7 @@ def write(options: argparse.Namespace) -> None:
     np.save(options.files / "images.npy", first(data.held_out, COMPARED))
     for name in NETWORKS:
         source, form = options.files / f"{name}.onnx", network(name)
-        export_onnx(lower(form, "slices"), form.input_shapes, source)
+        export_onnx(lower(form, Lowering.parse("slices")), form.input_shapes, source)
         for recipe in map(load_recipe, RECIPES):
             model = prepare(onnx.load(source), batchnorm_as_convolution=recipe.batchnorm == "convolution")
             ranges = collect(source, model, [images], data="cifar10").ranges(recipe.ranges)

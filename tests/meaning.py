@@ -164,7 +164,7 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         return result  # a shape, a size, a type
     pair = name in RULES and not isinstance(result, Tensor)  # values and their indices, of one shape
     if not isinstance(result, Tensor) and not pair:
-        return pytree.tree_map(lambda t: track(t, torch.ones(()), None, tracked[0].run), result)
+        return pytree.tree_map_only(Tensor, lambda t: track(t, torch.ones(()), None, tracked[0].run), result)
     call = Call(name, args, kwargs, result[0] if pair else result)
     exists, axis = RULES.get(name, _opaque)(call)
     if pair:

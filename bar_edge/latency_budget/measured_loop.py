@@ -93,10 +93,8 @@ def next_limit(run: Run, rounds: list[Round]) -> float | None:
 
 def correct(run: Run, limit: float) -> None:
     """Prune a RUN again, onto a limit in ms by the table; writes network, plan and result."""
-    end = read_json(run.out / "result.json")["end_of_pruning"]
     dense = run.dense()
     sliced, plan, forced = run.corrected(limit)
-    run.end = end
     run.result(dense, sliced, plan, forced)
 
 

@@ -1,9 +1,4 @@
-"""How mixed additions run: from MixedAdd leaves to operators that a runtime has.
-
-A lowering is a text: one form (placement.Form) for all residual streams, as in `slices:4`, or one per
-stream in graph order, as in `blocks:16,slices:4,regular@2x2`; or `paper`, the stream at the width of its
-union, a gather before every reader and a scatter-add after every writer.
-"""
+"""How mixed additions run: from MixedAdd leaves to operators that a runtime has."""
 
 from __future__ import annotations
 
@@ -16,13 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bar_edge.errors import InputError
-from bar_edge.lowering.packing import PLAIN, Packing, pack, packable
+from bar_edge.lowering.packing import pack, packable
 from bar_edge.lowering.placement import (
-    KINDS,
-    Form,
     Placement,
-    Rounding,
     plain_reader,
     plain_sum,
     residual_streams,
@@ -34,13 +25,11 @@ from bar_edge.network import Expand, MixedAdd, Network
 from bar_edge.network.channels import called_again, operands, passages
 from bar_edge.network.graph_json import attach
 from bar_edge.network.movement import MOVEMENTS
+from bar_edge.records.lowering import PLAIN, Form, Lowering, Packing, Rounding
 from bar_edge.surgery.stream_order import Stream, is_identity
 from bar_edge_kernels import gather, scatter_add
 
 aten = torch.ops.aten
-PAPER = "paper"
-#: what a lowering may be for all streams at once, besides roundings
-LOWERINGS = (PAPER, *KINDS)
 #: rank of a tensor -> what convolves it
 CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 #: how many times a sum's channels it may be the sum of: a longer one is made before it is added to
@@ -49,22 +38,17 @@ LONGEST = 3
 IDEMPOTENT = {aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default}
 
 
-def lower(network: Network, lowering: str) -> Network:
+def lower(network: Network, lowering: Lowering) -> Network:
     """Return an equal network without MixedAdd and Expand leaves, for inference in a runtime.
 
-    Raises InputError for a lowering that does not exist, or not for this number of streams.
+    Raises InputError for a lowering of another number of streams.
     """
-    if lowering == PAPER:
+    if lowering == Lowering.paper:
         return _Lowerer(copy.deepcopy(network), []).run()
-    forms = [Form.parse(text) for text in lowering.split(",")]
     network = folded(network)
     found = passages(network)
     streams = residual_streams(network, found)
-    if len(forms) not in (1, len(streams)):
-        raise InputError(
-            f"a lowering for all {len(streams)} residual streams, or one for each", got=f"{len(forms)} in {lowering!r}"
-        )
-    forms = forms if len(forms) == len(streams) else forms * max(1, len(streams))
+    forms = list(lowering.each(len(streams)))
     sizes = _sizes(network, streams)
     packings = _packings(sizes, forms)
     while True:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bar_edge.lowering.placement import Form, Placement, plain_reader, plain_sum, residual_streams, stream_placements
+from bar_edge.lowering.placement import Placement, plain_reader, plain_sum, residual_streams, stream_placements
 from bar_edge.network import MixedAdd, Network
 from bar_edge.network.channels import called_again, passages
 from bar_edge.network.graph_json import attach
+from bar_edge.records.lowering import Form
 from bar_edge.surgery.stream_order import is_identity
 
 aten = torch.ops.aten

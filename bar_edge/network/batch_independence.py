@@ -41,7 +41,7 @@ def _answers(network: Network, seed: int) -> dict[fx.Node, list[Tensor]]:
             value = super().run_node(n)
             if n.op not in ("placeholder", "get_attr"):
                 tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
-                answers[n] = [t[1] for t in tensors if t.shape[:1] == (3,)]
+                answers[n] = [t.detach()[1] for t in tensors if t.shape[:1] == (3,)]
             return value
 
     generators = [torch.Generator().manual_seed(s) for s in (seed, 0, seed + 1)]

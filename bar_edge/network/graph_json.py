@@ -193,9 +193,9 @@ def rebuild(data: dict[str, Any]) -> tuple[fx.GraphModule, Shapes, Any]:
     root = nn.Module()
     for name, description in data["modules"].items():
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in description.items() if k != "type"}
-        attach(root, name, _MODULES_BY_NAME[description["type"]](**settings).to(_dtype(data["dtypes"][name])))
+        attach(root, name, _MODULES_BY_NAME[description["type"]](**settings).to(dtype_named(data["dtypes"][name])))
     for name, description in data["tensors"].items():
-        value = torch.zeros(description["shape"], dtype=_dtype(description["dtype"]))
+        value = torch.zeros(description["shape"], dtype=dtype_named(description["dtype"]))
         attach(root, name, value, parameter=description["parameter"])
     graph, nodes = fx.Graph(), dict[str, fx.Node]()
     for item in data["nodes"]:
@@ -212,7 +212,8 @@ def rebuild(data: dict[str, Any]) -> tuple[fx.GraphModule, Shapes, Any]:
     return fx.GraphModule(root, graph), shapes, data["out_spec"]
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_named(name: str) -> torch.dtype:
+    """Return a type by its name, as `torch.float32`."""
     dtype = getattr(torch, name.removeprefix("torch."))
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name} is not a dtype")

@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 
 from bar_edge.errors import InputError
 from bar_edge.files import read_json, write_json
-from bar_edge.network.graph_json import FORMAT, describe, rebuild, tie, without_aliases
+from bar_edge.network.graph_json import FORMAT, describe, dtype_named, rebuild, tie, without_aliases
 
 #: how a flat tuple of outputs is returned: an index, or {"tuple" | "list": [...]} or {"dict": {name: ...}} of such
 Structure = Any
@@ -54,6 +54,9 @@ class Network(nn.Module):
         """Hash of the graph and its modules' settings, not of the weights, their types, which are frozen or absent."""
         described = describe(self.body, self.input_shapes, self.out_spec)
         del described["dtypes"], described["frozen"]
+        for tensor in described["tensors"].values():
+            if dtype_named(tensor["dtype"]).is_floating_point:  # the same network in float64
+                tensor["dtype"] = "torch.float32"
         for settings in described["modules"].values():
             settings.pop("affine", None)
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
@@ -145,7 +148,7 @@ def propagate_shapes(
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             module = body.get_submodule(str(n.target)) if n.op == "call_module" else None
-            same = isinstance(module, _KEEP_SHAPE)  # fake BatchNorm takes a hundredth of a second
+            same = isinstance(module, KEEP_SHAPE)  # fake BatchNorm takes a hundredth of a second
             # as dense as what a norm makes, also of an expanded tensor
             value = torch.empty_like(self.fetch_args_kwargs_from_env(n)[0][0]) if same else super().run_node(n)
             first = value[0] if isinstance(value, tuple | list) and n.target in _PAIRS else value
@@ -166,7 +169,8 @@ def propagate_shapes(
     return shapes, sizes
 
 
-_KEEP_SHAPE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout)
+#: what keeps the shape of its input
+KEEP_SHAPE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout)
 #: operators that return values and their indices: their shape is that of the values
 _PAIRS = {
     torch.ops.aten.max.dim,

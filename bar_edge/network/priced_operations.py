@@ -170,9 +170,9 @@ class PricedOperations(nn.Module):
         self.register_buffer(f"full_{i}", torch.tensor(full), persistent=False)
 
     def forward(self, widths: Tensor, *, stepped: bool) -> Tensor:
-        """Return the latency in ms, a scalar.
+        """Return the latency in ms (...).
 
-        widths: (n,) float64 numbers of channels. stepped: as the hardware takes them, rounded up; otherwise
+        widths: (..., n) float64 numbers of channels. stepped: as the hardware takes them, rounded up; otherwise
         interpolated between its steps, which is differentiable.
         """
         layers, rest = self.parts(widths, stepped=stepped)
@@ -183,31 +183,31 @@ class PricedOperations(nn.Module):
         given, filled = widths, _up(widths, self.table.rounding)
         if stepped:
             widths = torch.where(filled <= self.table.step, filled, _up(filled, self.table.step))
-        layers = rest = widths.new_zeros(())
+        layers = rest = widths.new_zeros(widths.shape[:-1])
         for i, (is_layer, axes, conditional) in enumerate(self.groups):
-            own = widths[getattr(self, f"places_{i}")]
+            own = widths[..., getattr(self, f"places_{i}")]
             values: Tensor = getattr(self, f"ms_{i}")
-            first, t = _locate(getattr(self, f"knots_{i}_0"), own[:, 0])
+            first, t = _locate(getattr(self, f"knots_{i}_0"), own[..., 0])
             if axes == 1:
                 found = torch.lerp(values[first], values[first + 1], t)
             else:
-                second, u = _locate(getattr(self, f"knots_{i}_1"), own[:, 1])
+                second, u = _locate(getattr(self, f"knots_{i}_1"), own[..., 1])
                 low = torch.lerp(values[first, second], values[first, second + 1], u)
                 high = torch.lerp(values[first + 1, second], values[first + 1, second + 1], u)
                 found = torch.lerp(low, high, t)
             if conditional:
                 found = found * self._there(i, given, filled, stepped)
-            layers, rest = (layers + found.sum(), rest) if is_layer else (layers, rest + found.sum())
+            layers, rest = (layers + found.sum(-1), rest) if is_layer else (layers, rest + found.sum(-1))
         return layers, rest
 
     def _there(self, i: int, widths: Tensor, filled: Tensor, stepped: bool) -> Tensor:
         """Return which operations of a group are there; of expected widths, which hardly ever agree, mixed ones."""
         full: Tensor = getattr(self, f"full_{i}")
-        mixed, whole = (filled[getattr(self, f"{name}_{i}")] for name in ("mixed", "whole"))
+        mixed, whole = (filled[..., getattr(self, f"{name}_{i}")] for name in ("mixed", "whole"))
         if not stepped:
-            return (full < 0) & (whole.shape[1] == 0)
-        differ = (mixed[..., 0] != mixed[..., 1]).any(1) & (whole[..., 0] == whole[..., 1]).all(1)
-        return differ & ((full < 0) | (filled == widths)[full])
+            return (full < 0) & (whole.shape[-2] == 0)
+        differ = (mixed[..., 0] != mixed[..., 1]).any(-1) & (whole[..., 0] == whole[..., 1]).all(-1)
+        return differ & ((full < 0) | (filled == widths)[..., full])
 
 
 class LatencyCounter:

@@ -30,7 +30,7 @@ from bar_edge.network.channels import (
 from bar_edge.network.graph_json import attach
 from bar_edge.network.leaves import PartialNorm
 from bar_edge.network.liveness import held_channels
-from bar_edge.network.movement import MOVEMENTS, RESHAPES, numbered
+from bar_edge.network.movement import MOVEMENTS, RESHAPES, VIEWS, numbered
 from bar_edge.network.network import propagate_shapes
 from bar_edge.records import ChannelPlan
 from bar_edge.surgery.check import check_plan
@@ -85,6 +85,8 @@ class _Slicer:
             else:
                 self._map(node)
         device = next((t.device for t in self.network.body.state_dict().values()), torch.device("cpu"))
+        for copied in self.graph.nodes:  # a view may now read a tensor that lies in memory otherwise
+            copied.target = aten.reshape.default if copied.target in VIEWS else copied.target
         body = fx.GraphModule(self.root.to(device), self.graph)
         body.graph.eliminate_dead_code()
         body.recompile()

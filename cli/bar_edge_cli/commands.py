@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bar_edge.methods.method import METHODS
 from bar_edge_cli import options
 
 # Heavy imports stand inside the functions: `bar-edge --help` loads no torch.
@@ -54,7 +55,10 @@ Data = Annotated[
 Input = Annotated[str | None, _option("--input", metavar="CxHxW", text="Shape of one input, such as 3x32x32.")]
 BudgetText = Annotated[str | None, _BUDGET]
 BudgetTexts = Annotated[list[str] | None, _BUDGET]
-Method = Annotated[str | None, _option("--method", metavar="NAME", text="bar or random.")]
+Method = Annotated[
+    str | None,
+    _option("--method", metavar="NAME", text="; ".join(f"{name}: {m.says}" for name, m in METHODS.items()) + "."),
+]
 Weights = Annotated[
     str | None, _option("--weights", metavar="FILE", text="Trained weights, safetensors or a checkpoint: skips dense.")
 ]

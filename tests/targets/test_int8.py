@@ -18,6 +18,7 @@ from bar_edge.lowering.lower import folded, lower
 from bar_edge.models import build
 from bar_edge.network import trace
 from bar_edge.records import ChannelPlan
+from bar_edge.records.lowering import Lowering
 from bar_edge.surgery import slice_network
 from bar_edge.targets.onnx.file import export_onnx
 from bar_edge.targets.onnx.parity import TOLERANCES
@@ -43,7 +44,9 @@ def files(tmp_path_factory):
         network = trace(module, torch.zeros(2, 3, 8, 8)).eval()
         plan = ChannelPlan(network=network.fingerprint, kept=random_kept(module, 0.3, seed=1))
         for form, suffix in (("slices", ""), ("gather:4", ".padded"), ("deferred:8@1x2", ".packed")):
-            export_onnx(lower(slice_network(network, plan), form), (3, 8, 8), folder / f"{name}{suffix}.onnx")
+            export_onnx(
+                lower(slice_network(network, plan), Lowering.parse(form)), (3, 8, 8), folder / f"{name}{suffix}.onnx"
+            )
     return folder
 
 
@@ -395,7 +398,7 @@ def test_finetuning_brings_the_rounded_network_nearer(tmp_path):
     assert any(key.endswith("weight") for key in moved)
 
     def error(other):
-        export_onnx(lower(other, "slices"), (3, 8, 8), tmp_path / f"{name}.onnx")
+        export_onnx(lower(other, Lowering.parse("slices")), (3, 8, 8), tmp_path / f"{name}.onnx")
         target, _ = quantised(tmp_path, name, "onnxruntime-cpu", tmp_path)
         with torch.no_grad():
             return relative_error(

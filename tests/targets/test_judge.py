@@ -27,6 +27,7 @@ from bar_edge.bench import runner
 from bar_edge.lowering.lower import lower
 from bar_edge.models import build
 from bar_edge.network import trace
+from bar_edge.records.lowering import Lowering
 from bar_edge.targets.artifact import ArtifactSpec, convert_artifact, write_artifact
 from bar_edge.targets.onnx.file import export_onnx
 from bar_edge.targets.onnx.parity import TOLERANCES, cpu_session, difference, relative
@@ -105,7 +106,7 @@ def floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every network's file in float."""
     folder = tmp_path_factory.mktemp("float")
     for name, network in NETWORKS.items():
-        lowered = lower(trace(network().eval(), torch.zeros(2, *SHAPE)).eval(), "slices")
+        lowered = lower(trace(network().eval(), torch.zeros(2, *SHAPE)).eval(), Lowering.parse("slices"))
         export_onnx(lowered, SHAPE, folder / f"{name}.onnx")
     return folder
 

@@ -21,10 +21,13 @@ from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
 from bar_edge.files import read_json
 from bar_edge.models import build
 from bar_edge.network import Network, trace
-from bar_edge.pipeline import INT8_GAIN, bench, export_run, prune, verify
+from bar_edge.pipeline import bench, export_run, prune, verify
+from bar_edge.records.lowering import Lowering
 from bar_edge.targets import target as targets
+from bar_edge.targets.export_run import INT8_GAIN
 from bar_edge.targets.onnx.parity import TOLERANCES
-from bar_edge.targets.target import write_engine
+from bar_edge.targets.table import TARGETS
+from bar_edge.targets.tensorrt.target import write_engine
 from bar_edge_calibration.graph import Graph
 from bar_edge_cli.main import main
 from tests.bench.test_ssh import Server, running, server  # noqa: F401  fixtures
@@ -105,10 +108,10 @@ def test_the_recipe_that_runs_faster_is_taken(
         return [Measurement(name=str(ms), samples_ms=(ms,) * 9, **common) for ms in times]
 
     monkeypatch.setattr(targets, "bench_onnx", bench_files)
-    options: dict[str, Any] = {"runtime": None, "lowering": "regular:16", "threads": 1}
-    assert targets.faster_recipe("onnx", network, **options).name == name
-    assert targets.faster_recipe("onnx", network, **options | {"runtime": "openvino-cpu"}).name == name
-    assert targets.faster_recipe("openvino", network, **options).name == "openvino-cpu"
+    options: dict[str, Any] = {"runtime": "onnxruntime-cpu", "lowering": targets.MEASURED_IN, "threads": 1}
+    assert targets.faster_recipe(TARGETS["onnx"], network, **options).name == name
+    assert targets.faster_recipe(TARGETS["onnx"], network, **options | {"runtime": "openvino-cpu"}).name == name
+    assert targets.faster_recipe(TARGETS["openvino"], network, **options).name == "openvino-cpu"
     assert asked == ["onnxruntime-cpu", "openvino-cpu"]
 
 
@@ -121,7 +124,8 @@ def quantised_zero_points(file: Path) -> list[int]:
 def test_recipes_that_write_the_same_file_are_not_measured(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At 4x nothing in this network is large enough for the second recipe."""
     monkeypatch.setattr(targets, "bench_onnx", lambda *_, **__: pytest.fail("measured"))
-    found = targets.faster_recipe("onnx", Network.load(run / "network"), runtime=None, lowering="slices", threads=1)
+    options: dict[str, Any] = {"runtime": "onnxruntime-cpu", "lowering": Lowering.parse("slices"), "threads": 1}
+    found = targets.faster_recipe(TARGETS["onnx"], Network.load(run / "network"), **options)
     assert found.name == "onnxruntime-cpu"
 
 
@@ -302,8 +306,9 @@ def test_an_engine_is_built_compared_and_measured_on_a_device(
 
 
 def test_what_is_missing_is_said_before_anything_is_done(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentLacks, match="trt-bundle in fp32"):
-        export_run(tmp_path, target="tensorflow")
+    for wrong in ({"target": "tensorflow"}, {"target": "banana"}, {"precision": "fp7"}, {"precision": ""}):
+        with pytest.raises(InputError, match=r"(trt-bundle|bf16)[\s\S]*nothing was written"):
+            export_run(tmp_path, **wrong)
     with pytest.raises(EnvironmentLacks, match="bf16"):
         export_run(tmp_path, target="onnx", precision="bf16")
     with pytest.raises(EnvironmentLacks, match="--max-drop"):
@@ -313,9 +318,9 @@ def test_what_is_missing_is_said_before_anything_is_done(run: Path, tmp_path: Pa
     for asked in ({"precision": "int8", "recipe": "tensorrt"}, {"recipe": "onnxruntime-cpu"}):
         with pytest.raises(InputError, match="--recipe auto"):
             export_run(run, out=tmp_path / "none", **asked)
-    for wrong in ("batch=1,4", "batch=many", "dla_core=all", "timing_caches=here", "fp16=true"):
+    for option in ("batch=1,4", "batch=many", "dla_core=all", "timing_caches=here", "fp16=true"):
         with pytest.raises(InputError, match=r"workspace_mib=0.*|batch range"):
-            export_run(run, target="trt-bundle", engine=(wrong,))
+            export_run(run, target="trt-bundle", engine=(option,))
     if importlib.util.find_spec("tensorrt") is None:
         with pytest.raises(EnvironmentLacks, match="TensorRT"):
             export_run(run, target="trt", out=tmp_path / "engine")
