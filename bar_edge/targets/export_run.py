@@ -166,6 +166,10 @@ class _Written:
         """Name what speaks against the file."""
         found = [*(self.manifest.get("conversion") or {}).get("warnings", ())]
         found += self.manifest.get("tensorrt", {}).get("slow", ())
+        parity = self.manifest["parity"]
+        if parity["within"] is False:
+            off = "not finite, or of another shape" if parity["error"] is None else f"off by {parity['error']:.1e}"
+            found.append(f"the outputs are wrong ({off} of the largest, at most {parity['tolerance']:g})")
         if self.dropped:
             drop = self.manifest["held_out"]["drop_points"]
             found.append(f"the metric dropped by {drop:.2f} points, by more than {self.max_drop:g}")
