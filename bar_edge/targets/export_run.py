@@ -174,7 +174,7 @@ class _Written:
             drop = self.manifest["held_out"]["drop_points"]
             found.append(f"the metric dropped by {drop:.2f} points, by more than {self.max_drop:g}")
         speed = self.manifest.get("speedup_over_fp32")
-        if self.slow:
+        if speed is not None and self.slow:
             times = "{speedup:.2f} times as fast as fp32 in the same form (95 %: {low:.2f} to {high:.2f})".format(
                 **speed
             )
@@ -250,7 +250,7 @@ def _written(
                 recipe=recipe,
                 held_out=held_out,
                 max_drop=wanted.max_drop,
-                tuned=targets.finetuned(network, lowering, pruned.data, inside),
+                tuned=targets.finetuned(network, lowering, pruned.data, inside, recipe),
                 on=wanted.on,
                 engine=wanted.engine,
             )
