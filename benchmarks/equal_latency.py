@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from bar_edge.bench import bench_onnx
-from bar_edge.config import BarConfig, DistillConfig, RunConfig, TrainConfig
+from bar_edge.config import BarConfig, DistillConfig, TrainConfig
 from bar_edge.data import DataSource, load_data
 from bar_edge.errors import EnvironmentLacks
 from bar_edge.files import read_json, write_json
@@ -51,6 +51,8 @@ from bar_edge.models import build, load_weights
 from bar_edge.network import Network, count, trace
 from bar_edge.pipeline import profile
 from bar_edge.records.latency_table import LatencyTable
+from bar_edge.records.lowering import Lowering
+from bar_edge.requests import PruneRequest
 from bar_edge.runs.run_folder import Run
 from bar_edge.surgery import slice_network
 from bar_edge.targets.form_search import choose_lowering
@@ -90,7 +92,7 @@ class Remembering(nn.Module):
 class Taught(Run):
     """The product's run, with a teacher that remembers."""
 
-    def __init__(self, bed: Bed, config: RunConfig, out: Path) -> None:
+    def __init__(self, bed: Bed, config: PruneRequest, out: Path) -> None:
         self.remembering = bed.teacher
         super().__init__(config, out, out.exists(), Lines())
 
@@ -144,7 +146,7 @@ class Bed:
         """Return the latency of a network in its fastest quick form, as a share of the dense network's."""
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(folder) / f"{i}.onnx" for i in range(len(FORMS) + 1)]
-            forms = [self.dense, *(lower(network, form) for form in FORMS)]
+            forms = [self.dense, *(lower(network, Lowering.parse(form)) for form in FORMS)]
             for form, file in zip(forms, files, strict=True):
                 export_onnx(form, form.input_shapes, file)
                 dense, *others = map(undisturbed_ms, bench_onnx(files, seconds=seconds))
@@ -175,7 +177,7 @@ class Bed:
 def ours(bed: Bed, target: float) -> Network:
     """Prune with the product's defaults."""
     out = bed.work / f"ours-{target:g}"
-    config = RunConfig(
+    config = PruneRequest(
         model=bed.model,
         data=str(bed.options.data),
         budget=f"{target * bed.full:.6f}ms",
@@ -342,7 +344,7 @@ def cell(bed: Bed, arm: str, share: float) -> dict[str, Any]:
         "ms": choice.chosen_ms,
         "dense_ms": choice.dense_ms,
         "share_of_dense": bed.share(network, 1.0),
-        "lowering": choice.lowering,
+        "lowering": str(choice.lowering),
         **dataclasses.asdict(count(network)),
         "environment": choice.environment,
         "right": np.packbits(right).tobytes().hex(),

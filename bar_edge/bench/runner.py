@@ -129,15 +129,15 @@ def load_tensorrt(path: Path, name: str, settings: Settings) -> Loaded:
     if sys.version_info < (3, 10):
         raise Problem("EnvironmentLacks", "Python 3.10 for TensorRT", f"Python {platform.python_version()}")
     sys.path.insert(0, settings.modules)
-    ours = importlib.import_module("bar_edge.targets.tensorrt.engine")
+    ours, builder = (importlib.import_module(f"bar_edge.targets.tensorrt.{name}") for name in ("engine", "build"))
     engine_path = path.with_suffix(".engine")
     try:
         with tempfile.TemporaryDirectory() as scratch:
             if not engine_path.is_file():
                 doing("building the engine of", {"name": name})
                 engine_path = Path(scratch) / "model.engine"
-                options = ours.EngineOptions(batch=(settings.batch,) * 3, timing_caches=settings.caches)
-                ours.build(path, engine_path, options)
+                options = builder.EngineOptions(batch=(settings.batch,) * 3, timing_caches=settings.caches)
+                builder.build(path, engine_path, options)
             engine = ours.load(engine_path, path)
         inputs = [(str(engine.dtypes[n]), [s if s > 0 else None for s in shape]) for n, shape in engine.inputs.items()]
         parts: list[Any] = []

@@ -34,7 +34,7 @@ class Choice:
     """A lowering, and what was measured to choose it."""
 
     lowering: Lowering
-    #: whether the file is faster than the dense network's beyond doubt: by the 95 % interval
+    #: whether the file is faster than the dense network's beyond doubt: in the 95 % interval
     faster: bool
     #: medians in ms of one fresh process: the lowering chosen, the regular form and the dense network
     chosen_ms: float
