@@ -289,7 +289,14 @@ def _is_installed(name: str) -> bool:
 
 
 def _refused(name: str, runtime: str, error: Exception) -> Problem:
-    return Problem("InputError", f"an ONNX file that {runtime} loads", f"{name}: {str(error).strip()[:200]}")
+    return Problem("InputError", f"an ONNX file that {runtime} loads", f"{name}: {library_says(error)}")
+
+
+def library_says(error: Exception) -> str:
+    """Return what a native library says, without the lines of its sources: the operator's name comes behind them."""
+    text = re.sub(r"Exception from \S+:\d+:|Check '[^']*' failed at \S+|FrontEnd API failed with \w+:", "", str(error))
+    text = " ".join(text.split())
+    return text if len(text) <= 400 else f"{text[:150]} ... {text[-240:]}"
 
 
 # --------------------------------------------------------------------------------------- measuring

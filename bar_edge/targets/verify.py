@@ -49,7 +49,8 @@ def verify_artifact(folder: Path) -> list[Check]:
         precision = file_precision(manifest)
         error, number = sample_error(folder, manifest, precision)
     except Exception as problem:  # runtime and file errors of many kinds: all mean that the artifact does not run
-        return [*checks, Check(name="parity", passed=False, detail=f"{type(problem).__name__}: {str(problem)[:200]}")]
+        said = f"{type(problem).__name__}: {runner.library_says(problem)}"
+        return [*checks, Check(name="parity", passed=False, detail=said)]
     tolerance = TOLERANCES[precision]
     notes = overflow_note(manifest, runner.device(with_gpu=False))
     detail = "; ".join([f"{error:.2e}, at most {tolerance:g}, on {number} samples", *notes])
