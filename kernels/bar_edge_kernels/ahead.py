@@ -77,7 +77,7 @@ def _compile(
     # torch's allocations lie at multiples of 16 bytes
     aligned = {(places[argument],): [["tt.divisibility", 16]] for argument in pointers}
     source = ASTSource(function, signature, constexprs=fixed, attrs=aligned)
-    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     registers, spills = _resources(compiled.asm["ptx"], architecture)
     return Compiled(

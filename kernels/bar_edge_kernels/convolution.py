@@ -173,6 +173,7 @@ def launch(
         BLOCK_OUT=b.channels_out,
         num_warps=b.warps,
         num_stages=b.stages,
+        enable_fp_fusion=True,
     )
 
 

@@ -83,4 +83,4 @@ def mixed_convolution(
         delta = delta if bias is None else delta + bias[:, None, None]
     base = out if accumulate else out.index_fill(1, index_out, 0)
     total = scatter_add(base, index_out, delta)
-    return total.index_copy(1, index_out, gather(total, index_out).relu()) if relu_out else total
+    return total.index_copy(1, index_out.long(), gather(total, index_out).relu()) if relu_out else total

@@ -171,6 +171,7 @@ class Stage:
             BLOCK_OUT=b.channels_out,
             num_warps=b.warps,
             num_stages=b.stages,
+            enable_fp_fusion=True,
         )
 
 
