@@ -13,7 +13,7 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file
 
-from bar_edge.bench import runner
+from bar_edge.bench.runner import device as processor
 from bar_edge.errors import InputError
 from bar_edge.files import read_json
 from bar_edge.targets.onnx.parity import TOLERANCES, cpu_session, difference, relative
@@ -51,7 +51,7 @@ def verify_artifact(folder: Path) -> list[Check]:
     except Exception as problem:  # runtime and file errors of many kinds: all mean that the artifact does not run
         return [*checks, Check(name="parity", passed=False, detail=f"{type(problem).__name__}: {str(problem)[:200]}")]
     tolerance = TOLERANCES[precision]
-    notes = overflow_note(manifest, runner.device(with_gpu=False))
+    notes = overflow_note(manifest, processor.device(with_gpu=False))
     detail = "; ".join([f"{error:.2e}, at most {tolerance:g}, on {number} samples", *notes])
     return [*checks, Check(name="parity", passed=error <= tolerance, detail=detail)]
 
@@ -79,11 +79,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def overflow_note(manifest: dict[str, Any], device: Mapping[str, Any]) -> list[str]:
     """Say what an INT8 artifact with weights of eight bits meets on a device whose sums of products overflow.
 
-    device: as `runner.device` describes it. Nothing to say of other artifacts and devices.
+    device: as the runner describes it. Nothing to say of other artifacts and devices.
     """
     recipe = (manifest.get("conversion") or {}).get("recipe") or {}
     eight = manifest.get("precision") == "int8" and recipe.get("weight_bits", 8) == 8
-    if not eight or str(manifest.get("target")).startswith("trt") or not runner.overflows(device):
+    if not eight or str(manifest.get("target")).startswith("trt") or not processor.overflows(device):
         return []
     return ["weights of eight bits on a CPU without VNNI and AMX: its sums of products overflow; export the file anew"]
 

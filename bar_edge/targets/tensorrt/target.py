@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bar_edge.bench import measurement, runner
+from bar_edge.bench import measurement
 from bar_edge.bench.ssh import Device
 from bar_edge.bench.ssh import Target as Place
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
@@ -80,8 +80,7 @@ def convert_to_bundle(asked: Conversion) -> dict[str, Any]:
             manifest = convert_to_int8(asked, source, "trt-bundle")
             if not manifest["parity"]["within"]:
                 return manifest
-        runs = Path(runner.__file__)
-        return write_bundle(source, asked.folder, precision=asked.precision, options=asked.engine, runner=runs)
+        return write_bundle(source, asked.folder, precision=asked.precision, options=asked.engine)
 
 
 def convert_to_engine(asked: Conversion) -> dict[str, Any]:
