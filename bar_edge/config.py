@@ -1,4 +1,4 @@
-"""What a run is told: every option of `prune` with its default, read from TOML and the command line."""
+"""How a run trains and prunes: the tables of a configuration, its presets, and how records are read from TOML."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from bar_edge.errors import InputError
 PHASES = ("dense", "prune", "tune")
 
 
-def _at_least(config: Any, least: float, *names: str) -> None:
+def at_least(config: Any, least: float, *names: str) -> None:
+    """Raise InputError unless these fields are at least so large."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= least:
             raise _wrong(name, f"a number of at least {least:g}", value)
 
 
-def _above(config: Any, least: float, *names: str) -> None:
+def above(config: Any, least: float, *names: str) -> None:
+    """Raise InputError unless these fields are larger."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value > least:
@@ -74,9 +76,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raise InputError for numbers with which nothing can be trained."""
-        _at_least(self, 0, "dense", "prune", "tune", "weight_decay", "image_size", "workers", "threads", "ema")
-        _at_least(self, 1, "batch")
-        _above(self, 0, "lr_dense", "lr_prune", "lr_tune")
+        at_least(self, 0, "dense", "prune", "tune", "weight_decay", "image_size", "workers", "threads", "ema")
+        at_least(self, 1, "batch")
+        above(self, 0, "lr_dense", "lr_prune", "lr_tune")
 
     def chosen(self, images: int) -> TrainConfig:
         """Return the same with what is None chosen for a number of training images."""
@@ -107,8 +109,8 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         """Raise InputError for a share below 0 or a temperature that is not positive."""
-        _at_least(self, 0, "alpha")
-        _above(self, 0, "temperature")
+        at_least(self, 0, "alpha")
+        above(self, 0, "temperature")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,9 +148,9 @@ class BarConfig:
 
     def __post_init__(self) -> None:
         """Raise InputError for constants under which the barrier or the gates cannot work."""
-        _at_least(self, 0, "slack", "margin", "steepness")
-        _at_least(self, 4, "gate_limit")
-        _above(self, 0, "lambda_norm", "barrier_cap", "gate_lr")
+        at_least(self, 0, "slack", "margin", "steepness")
+        at_least(self, 4, "gate_limit")
+        above(self, 0, "lambda_norm", "barrier_cap", "gate_lr")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,38 +161,6 @@ class MagnitudeConfig:
     norm: Literal["l1", "l2"] = "l1"
     #: within each layer, which all shrink by one ratio; or all filters of the network with each other
     scope: Literal["layer", "global"] = "layer"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RunConfig:
-    """One `prune` run: model, data, budget, method and all that training needs."""
-
-    model: str
-    data: str = "digits"
-    budget: str = "8x"
-    #: one of bar_edge.methods.METHODS
-    method: str = "bar"
-    preset: Literal["default", "paper"] = "default"
-    model_arg: tuple[str, ...] = ()
-    weights: str | None = None
-    teacher: str | None = None
-    #: latency table, for a budget in ms
-    table: str | None = None
-    task: str = "classification"
-    seed: int = 0
-    max_drop: float | None = None
-    #: layers that are not pruned (`head.*`) or keep at least so many channels (`stages.0.*=8`)
-    keep: tuple[str, ...] = ()
-    #: widths end as multiples of this
-    round_to: int = 1
-    train: TrainConfig = TrainConfig()
-    distill: DistillConfig = DistillConfig()
-    bar: BarConfig = BarConfig()
-    magnitude: MagnitudeConfig = MagnitudeConfig()
-
-    def __post_init__(self) -> None:
-        """Raise InputError for widths that are multiples of nothing."""
-        _at_least(self, 1, "round_to")
 
 
 #: what a preset changes in the defaults. paper: Lemaire et al. 2019, section 5.1 and supplement 3, on CIFAR;
@@ -221,17 +191,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_config(values: Mapping[str, Any]) -> RunConfig:
-    """Build a RunConfig from nested TOML data over its preset over the defaults.
-
-    Raises InputError for an unknown key, a wrong type, a value out of range or a missing model.
-    """
-    if "model" not in values:
-        raise InputError("a model: --model SPEC, or `model` in the TOML file", got="none", remedy="name one")
-    preset = PRESETS.get(str(values.get("preset", "default")), {})
-    return typing.cast(RunConfig, _build(RunConfig, overlay(preset, values), ""))
-
-
 def overlay(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Return nested data in which the values of `over` win."""
     merged = dict(under)
@@ -245,13 +204,13 @@ def overlay(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file; raises InputError if it is missing or malformed."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError("a readable TOML file", got=f"{path.name}: {error}") from error
 
 
-def to_toml(config: RunConfig) -> str:
-    """Write a resolved configuration as TOML that `run_config` reads back to an equal record."""
+def to_toml(config: Any) -> str:
+    """Write a request as TOML that reads back to an equal record."""
     lines: list[str] = []
     tables: list[str] = []
     for field in dataclasses.fields(config):
@@ -276,7 +235,8 @@ def _toml(value: object) -> str:
     return repr(value)
 
 
-def _build(kind: type, values: Mapping[str, Any], where: str) -> object:
+def build(kind: type, values: Mapping[str, Any], where: str) -> object:
+    """Return a record of nested data; raises InputError for an unknown name or a value of another type."""
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:
@@ -291,7 +251,7 @@ def _build(kind: type, values: Mapping[str, Any], where: str) -> object:
 def _value(hint: Any, value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if isinstance(value, Mapping):
-            return _build(hint, value, f"{name}.")
+            return build(hint, value, f"{name}.")
         raise _wrong(name, "a table", value)
     if typing.get_origin(hint) is Literal:
         if value in typing.get_args(hint):

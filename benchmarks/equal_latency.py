@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from bar_edge.bench import bench_onnx
-from bar_edge.config import BarConfig, DistillConfig, RunConfig, TrainConfig
+from bar_edge.config import BarConfig, DistillConfig, TrainConfig
 from bar_edge.data import DataSource, load_data
 from bar_edge.errors import EnvironmentLacks
 from bar_edge.files import read_json, write_json
@@ -52,6 +52,7 @@ from bar_edge.network import Network, count, trace
 from bar_edge.pipeline import profile
 from bar_edge.records.latency_table import LatencyTable
 from bar_edge.records.lowering import Lowering
+from bar_edge.requests import PruneRequest
 from bar_edge.runs.run_folder import Run
 from bar_edge.surgery import slice_network
 from bar_edge.targets.form_search import choose_lowering
@@ -91,7 +92,7 @@ class Remembering(nn.Module):
 class Taught(Run):
     """The product's run, with a teacher that remembers."""
 
-    def __init__(self, bed: Bed, config: RunConfig, out: Path) -> None:
+    def __init__(self, bed: Bed, config: PruneRequest, out: Path) -> None:
         self.remembering = bed.teacher
         super().__init__(config, out, out.exists(), Lines())
 
@@ -176,7 +177,7 @@ class Bed:
 def ours(bed: Bed, target: float) -> Network:
     """Prune with the product's defaults."""
     out = bed.work / f"ours-{target:g}"
-    config = RunConfig(
+    config = PruneRequest(
         model=bed.model,
         data=str(bed.options.data),
         budget=f"{target * bed.full:.6f}ms",

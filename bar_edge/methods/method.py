@@ -17,11 +17,11 @@ if TYPE_CHECKING:  # `--help` lists the methods and loads no torch
     import torch
     from torch import Tensor, nn
 
-    from bar_edge.config import RunConfig
     from bar_edge.methods.distillation import Distill
     from bar_edge.methods.gating.layout import GateLayout
     from bar_edge.network import Network
     from bar_edge.records import Budget
+    from bar_edge.requests import PruneRequest
 
 
 class Pruner(Protocol):
@@ -57,7 +57,7 @@ class Context:
     """What a method may use beside the dense network."""
 
     #: every option of the run, the method's own among them
-    config: RunConfig
+    config: PruneRequest
     #: the gates of the dense network: which scores belong to which channels, and what channels cost
     layout: GateLayout
     budget: Budget

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bar_edge.config import PHASES, RunConfig, TrainConfig, to_toml
-from bar_edge.data import DataSource, Split
+from bar_edge.config import PHASES, TrainConfig, to_toml
+from bar_edge.data import Split
 from bar_edge.data.source import Targets
 from bar_edge.errors import InputError
 from bar_edge.files import read_json, write_json
@@ -29,43 +29,44 @@ from bar_edge.network import Network, count, is_network_folder, layers
 from bar_edge.progress import Progress
 from bar_edge.records import Budget, ChannelPlan
 from bar_edge.records.latency_table import LatencyTable
-from bar_edge.runs.specs import portable, read_data, read_network, sample_images, with_weights
+from bar_edge.records.result import (
+    BudgetResult,
+    InputResult,
+    LayerResult,
+    Metric,
+    Parity,
+    Result,
+    Side,
+)
+from bar_edge.requests import PruneRequest
+from bar_edge.runs.specs import Material, portable, sample_images, with_weights
 from bar_edge.surgery import masked_outputs, relative_difference, slice_network
-from bar_edge.training import Distills, Journal, Phase, Task, evaluate, load_task, train
+from bar_edge.training import Distills, Journal, Phase, evaluate, train
 from bar_edge_calibration import reestimate_batchnorm
 
 STATISTICS_BATCHES = 50
-#: masked against sliced on real images, in float64
-PARITY_LIMIT = 1e-9
 
 
 class Run:
     """One RUN folder on its way; every stage is skipped if an interrupted run had finished it."""
 
-    def __init__(self, config: RunConfig, out: Path, resume: bool, progress: Progress) -> None:
-        self.task: Task = load_task(config.task)
-        self.data: DataSource = read_data(config)
-        given, train = config.train, config.train.chosen(len(self.data.fit))
+    def __init__(
+        self, config: PruneRequest, material: Material, out: Path, *, resume: bool, progress: Progress
+    ) -> None:
+        self.task, self.data, self.network = material.task, material.data, material.network
+        train = config.train.chosen(len(self.data.fit))
+        if train != config.train:
+            epochs = ", ".join(f"{phase} {getattr(train, phase)}" for phase in PHASES)
+            images = f"{len(self.data.fit):,}"
+            progress.note(f"by the number of training images, {images}: epochs {epochs}; batch {train.batch}")
         config = portable(dataclasses.replace(config, train=train))
         self.config, self.out, self.progress = config, out, progress
-        self.method = find_method(config.method)
         self.batch, self.epochs = train.batch or 1, {phase: int(getattr(train, phase) or 0) for phase in PHASES}
-        if train != given:
-            epochs = ", ".join(f"{phase} {n}" for phase, n in self.epochs.items())
-            progress.note(
-                f"by the number of training images, {len(self.data.fit):,}: epochs {epochs}; batch {self.batch}"
-            )
-        torch.manual_seed(config.seed)
-        if config.train.threads:
-            torch.set_num_threads(config.train.threads)
-        self.network = read_network(config.model, config.model_arg, self.data.input_shape, len(self.data.classes))
-        if config.weights:
-            self.network = with_weights(config.model, config.model_arg, self.data, Path(config.weights))
+        self.method = find_method(config.method)
         self.table = LatencyTable.load(Path(config.table)) if config.table else None
         self.layout = self.layout_of(self.network)
         self.budget = Budget.parse(config.budget)
         self.limit = budget_limit(self.layout, self.budget)
-        check_folder(out, resume)
         _prepare_folder(out, to_toml(config))
         self.journal = Journal(out, resume=resume)
 
@@ -187,64 +188,42 @@ class Run:
         batches = self.data.fit.batches(self.batch, train=True, seed=0, epoch=0, device=device, augment="none")
         return itertools.islice(batches, STATISTICS_BATCHES)
 
-    def result(self, dense: Network, sliced: Network, plan: ChannelPlan, forced: int) -> dict[str, Any]:
-        """Read the test split once, write network/ and result.json, and return the result."""
+    def judged(self, dense: Network, sliced: Network, plan: ChannelPlan, forced: int) -> Pruned:
+        """Read the test split once, write network/ and result.json, and return what the run came to."""
         sliced.save(self.out / "network")
-        full, counts, regular = count(dense), count(sliced), count(regular_form(sliced))
+        result = Result(
+            method=self.config.method,
+            model=self.config.model,
+            data=self.data.name,
+            seed=self.config.seed,
+            metric=Metric(name=self.task.metric_name, higher_is_better=self.task.higher_is_better),
+            budget=self._budget_result(plan),
+            dense=Side.of(count(dense), self.evaluate(dense, "test")),
+            sliced=Side.of(count(sliced), self.evaluate(sliced, "test"), count(regular_form(sliced))),
+            parity=Parity(masked_vs_sliced=self.parity),
+            layers=_layer_results(dense, plan),
+            end_of_pruning={"forced": forced},
+            batchnorm_reestimated=self.reestimated,
+            max_drop=self.config.max_drop,
+            input=InputResult(
+                shape=self.data.input_shape, mean=self.data.mean, std=self.data.std, classes=self.data.classes
+            ),
+            versions=versions(),
+        )
+        write_result(self.out, result)
+        return Pruned(result=result, plan=plan, dense=dense.cpu().eval(), network=sliced.cpu().eval())
+
+    def _budget_result(self, plan: ChannelPlan) -> BudgetResult:
         achieved = self.layout.cost(plan.kept, self.budget.metric)
-        metric = {"dense": self.evaluate(dense, "test"), "sliced": self.evaluate(sliced, "test")}
-        after = {layer.name: layer for layer in layers(dense, plan)}
-        result: dict[str, Any] = {
-            "schema": 1,
-            "verdict": False,
-            "method": self.config.method,
-            "model": self.config.model,
-            "data": self.data.name,
-            "seed": self.config.seed,
-            "metric": {"name": self.task.metric_name, "higher_is_better": self.task.higher_is_better},
-            "budget": {
-                "text": self.config.budget,
-                "unit": self.budget.metric,
-                "limit": self.limit,
-                "achieved": achieved,
-                "within": achieved <= self.limit,
-                "basis": self.budget.cost.basis,
-                "words": describe_budget(self.layout, self.budget)["words"],
-            },
-            "dense": {**dataclasses.asdict(full), "metric": metric["dense"]},
-            "sliced": {
-                **dataclasses.asdict(counts),
-                "metric": metric["sliced"],
-                "volume_regular": regular.volume,
-                "flops_regular": regular.flops,
-            },
-            "parity": {"masked_vs_sliced": self.parity, "sliced_vs_onnx": None},
-            "latency": [],
-            "layers": [
-                {
-                    "name": layer.name,
-                    "kind": layer.kind,
-                    "width": layer.out_channels,
-                    "kept": after[layer.name].out_channels,
-                    "area": layer.area,
-                }
-                for layer in layers(dense)
-                if layer.area
-            ],
-            "end_of_pruning": {"forced": forced},
-            "batchnorm_reestimated": self.reestimated,
-            "max_drop": self.config.max_drop,
-            "input": {
-                "shape": list(self.data.input_shape),
-                "mean": list(self.data.mean),
-                "std": list(self.data.std),
-                "classes": list(self.data.classes),
-            },
-            "versions": versions(),
-        }
-        result["verdict"] = is_met(result)
-        write_json(self.out / "result.json", result)
-        return result
+        return BudgetResult(
+            text=self.config.budget,
+            unit=self.budget.metric,
+            limit=self.limit,
+            achieved=achieved,
+            within=achieved <= self.limit,
+            basis=self.budget.cost.basis,
+            words=describe_budget(self.layout, self.budget)["words"],
+        )
 
     def evaluate(self, network: nn.Module, split: str) -> float:
         """Return the task's metric of a network on a split."""
@@ -279,23 +258,55 @@ class Run:
         return sample_images(self.data)
 
 
-def is_met(result: dict[str, Any]) -> bool:
-    """Tell whether a result is within its budget, computes what the masked network does and kept its metric."""
-    drop = result["dense"]["metric"] - result["sliced"]["metric"]
-    points = 100 * (drop if result["metric"]["higher_is_better"] else -drop)
-    kept = result["max_drop"] is None or points <= result["max_drop"]
-    return bool(result["budget"]["within"] and kept and result["parity"]["masked_vs_sliced"] <= PARITY_LIMIT)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """What a finished run hands on: its result, and the networks before and after, on the CPU and in eval mode."""
 
+    result: Result
+    plan: ChannelPlan
+    dense: Network
+    network: Network
 
-def check_folder(out: Path, resume: bool) -> None:
-    """Refuse to overwrite another run."""
-    if (out / "config.toml").is_file() and not resume:
-        raise InputError(
-            "a folder without a run in it",
-            got=f"{out.name}, which holds one",
-            consequence="nothing was started, the earlier run is intact",
-            remedy="choose another --out, or go on with --resume",
+    @classmethod
+    def load(cls, folder: Path) -> Pruned:
+        """Read a RUN folder; raises InputError unless `prune` has finished it."""
+        if not (folder / "result.json").is_file() or not is_network_folder(folder / "network"):
+            raise InputError(
+                "a RUN folder that prune has finished",
+                got=f"{folder.name} without result.json or network",
+                remedy="give the folder of `bar-edge prune --out`, or finish it with --resume",
+            )
+        return cls(
+            result=read_result(folder),
+            plan=ChannelPlan.from_json(read_json(folder / "plan.json")),
+            dense=Network.load(folder / "dense"),
+            network=Network.load(folder / "network"),
         )
+
+
+def read_result(folder: Path) -> Result:
+    """Return the result of a RUN folder; raises InputError if its file is none."""
+    return Result.from_json(read_json(folder / "result.json"))
+
+
+def write_result(folder: Path, result: Result) -> None:
+    """Write result.json."""
+    write_json(folder / "result.json", result.to_json())
+
+
+def _layer_results(dense: Network, plan: ChannelPlan) -> tuple[LayerResult, ...]:
+    after = {layer.name: layer for layer in layers(dense, plan)}
+    return tuple(
+        LayerResult(
+            name=layer.name,
+            kind=layer.kind,
+            width=layer.out_channels,
+            kept=after[layer.name].out_channels,
+            area=layer.area,
+        )
+        for layer in layers(dense)
+        if layer.area
+    )
 
 
 def _prepare_folder(out: Path, toml: str) -> None:

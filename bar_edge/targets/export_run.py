@@ -17,7 +17,9 @@ from bar_edge.network import Network
 from bar_edge.network.counted_cost import count_executed
 from bar_edge.progress import Progress
 from bar_edge.records import ChannelPlan
+from bar_edge.records.export_result import ExportResult
 from bar_edge.records.lowering import Lowering
+from bar_edge.records.verdict import Verdict, keeps_metric
 from bar_edge.targets import target as targets
 from bar_edge.targets.artifact import ArtifactSpec, write_artifact
 from bar_edge.targets.convert import for_speed
@@ -63,7 +65,7 @@ class Wanted:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Pruned:
+class Exportable:
     """What a RUN knows of a network that is to be exported."""
 
     network: Network
@@ -90,7 +92,7 @@ def export_source(write: Callable[[Network, Path], Path], network: Network, fold
     return {"verdict": True, "artifact": str(folder), "file": write(network, folder).name}
 
 
-def export_network(wanted: Wanted, pruned: Pruned, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
+def export_network(wanted: Wanted, pruned: Exportable, folder: Path, progress: Progress | None = None) -> ExportResult:
     """Write a network as an artifact folder, compare it with torch on real images, and return what was found.
 
     The verdict is no if the file computes something else (an earlier artifact then stays), if its target's runtime
@@ -113,25 +115,27 @@ def export_network(wanted: Wanted, pruned: Pruned, folder: Path, progress: Progr
     )
     written = _written(wanted, pruned, folder, spec, lowering, recipe)
     executed = count_executed(lower(pruned.network, lowering))
-    return {
-        "verdict": written.stands and not written.dropped and not written.slow and (choice is None or choice.faster),
-        "artifact": str(folder),
-        "lowering": str(lowering),
-        "choice": written.manifest["choice"],
-        "parity": {
+    faster = False if written.slow else None if choice is None else choice.faster
+    verdict = Verdict(right=written.stands, kept=written.kept, faster=faster)
+    return ExportResult(
+        verdict=verdict.yes,
+        artifact=str(folder),
+        lowering=str(lowering),
+        choice=written.manifest["choice"],
+        parity={
             "sliced_vs_onnx": written.parity,
             "images": len(pruned.images),
             wanted.precision: written.manifest["parity"]["error"],
         },
-        "held_out": written.manifest.get("held_out"),
-        "settings": (written.manifest.get("conversion") or {}).get("settings"),
-        "speedup_over_fp32": written.manifest.get("speedup_over_fp32"),
-        "latency": written.manifest.get("latency"),
-        "warnings": written.warnings(),
-        "volume_executed": executed.volume,
-        "flops_executed": executed.flops,
-        "bytes": (folder / "model.onnx").stat().st_size if written.there else None,
-    }
+        held_out=written.manifest.get("held_out"),
+        settings=(written.manifest.get("conversion") or {}).get("settings"),
+        speedup_over_fp32=written.manifest.get("speedup_over_fp32"),
+        latency=written.manifest.get("latency"),
+        warnings=tuple(written.warnings()),
+        volume_executed=executed.volume,
+        flops_executed=executed.flops,
+        bytes=(folder / "model.onnx").stat().st_size if written.there else None,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,10 +155,10 @@ class _Written:
         return self.there and self.manifest["parity"]["within"] is not False
 
     @property
-    def dropped(self) -> bool:
-        """Whether the metric drops by more than allowed: exactly that is within, but for the last bits of shares."""
+    def kept(self) -> bool | None:
+        """Whether the metric drops by no more than allowed; None where it was not computed."""
         scores = self.manifest.get("held_out")
-        return self.max_drop is not None and scores is not None and bool(scores["drop_points"] > self.max_drop + 1e-7)
+        return None if scores is None else keeps_metric(scores["drop_points"], self.max_drop)
 
     @property
     def slow(self) -> bool:
@@ -166,7 +170,7 @@ class _Written:
         """Name what speaks against the file."""
         found = [*(self.manifest.get("conversion") or {}).get("warnings", ())]
         found += self.manifest.get("tensorrt", {}).get("slow", ())
-        if self.dropped:
+        if self.kept is False:
             drop = self.manifest["held_out"]["drop_points"]
             found.append(f"the metric dropped by {drop:.2f} points, by more than {self.max_drop:g}")
         speed = self.manifest.get("speedup_over_fp32")
@@ -193,7 +197,7 @@ def _recipe(wanted: Wanted, network: Network) -> Recipe | None:
 
 
 def _lowering(
-    wanted: Wanted, pruned: Pruned, recipe: Recipe | None, inside: Preprocessing | None, progress: Progress | None
+    wanted: Wanted, pruned: Exportable, recipe: Recipe | None, inside: Preprocessing | None, progress: Progress | None
 ) -> tuple[Lowering, Choice | None]:
     """Return the form of the additions: as asked for, as measured, or the target's where nothing can be measured."""
     if wanted.lowering is not None:
@@ -215,7 +219,7 @@ def _lowering(
 
 
 def _written(
-    wanted: Wanted, pruned: Pruned, folder: Path, spec: ArtifactSpec, lowering: Lowering, recipe: Recipe | None
+    wanted: Wanted, pruned: Exportable, folder: Path, spec: ArtifactSpec, lowering: Lowering, recipe: Recipe | None
 ) -> _Written:
     """Write the file in float32, convert it, and prove what was written."""
     network, inside = pruned.network, pruned.preprocessing if wanted.with_preprocessing else None

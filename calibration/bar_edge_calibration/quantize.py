@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 
 from bar_edge.errors import InputError
+from bar_edge.records.verdict import keeps_metric
 from bar_edge_calibration.collect import Calibration, check_file, collect
 from bar_edge_calibration.equalise import equalise
 from bar_edge_calibration.graph import Graph, prepare
@@ -149,8 +150,6 @@ class _Ladder:
         if promise is None:
             return self.best
         self.reference = promise.score(self.source)
-        limit = self.reference - promise.max_drop / 100
-        # where scores are shares of n images, limit is one of them but for the last bit
         tried = set[Settings]()
         for rung, settings in self._proposals(promise.finetune):
             if settings in tried:
@@ -164,7 +163,7 @@ class _Ladder:
             self.rungs.append({"rung": rung, "change": change, "score": score, "kept": kept})
             if kept:
                 self.best, self.best_score = settings, score
-            if self.best_score >= limit - 1e-9:
+            if keeps_metric(100 * (self.reference - self.best_score), promise.max_drop):
                 break
         return self.best
 
@@ -177,7 +176,7 @@ class _Ladder:
             "int8": self.best_score,
             "drop_points": drop,
             "max_drop": promise.max_drop,
-            "within": drop <= promise.max_drop + 1e-7,
+            "within": keeps_metric(drop, promise.max_drop),
         }
 
     def write(self, settings: Settings) -> None:

@@ -43,6 +43,7 @@ from bar_edge.bench.runner.runtimes import RUNTIMES as ROWS
 from bar_edge.bench.runner.timing import BURST, MIN_RUNS, UNTIMED, interleave, warm_up
 from bar_edge.errors import EnvironmentLacks, InputError
 from bar_edge.records import Budget
+from bar_edge.requests import BenchRequest
 from tests.targets.tensorrt_surface import download
 
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
@@ -360,11 +361,16 @@ def test_outputs_are_compared_with_those_that_the_artifact_carries(runtime: str,
 
 
 def test_fast_but_wrong_is_no(tmp_path: Path) -> None:
-    assert pipeline.bench(artifact(tmp_path / "right"), seconds=0.02)["verdict"] is None
-    assert pipeline.bench(artifact(tmp_path / "uint8", dtype=TensorProto.UINT8), seconds=0.02)["parity"]["error"] == 0
-    wrong = pipeline.bench(artifact(tmp_path / "wrong", off=1.0), seconds=0.02, budget="1000ms")
+    assert pipeline.bench(artifact(tmp_path / "right"), BenchRequest(seconds=0.02))["verdict"] is None
+    assert (
+        pipeline.bench(artifact(tmp_path / "uint8", dtype=TensorProto.UINT8), BenchRequest(seconds=0.02))["parity"][
+            "error"
+        ]
+        == 0
+    )
+    wrong = pipeline.bench(artifact(tmp_path / "wrong", off=1.0), BenchRequest(seconds=0.02, budget="1000ms"))
     assert wrong["verdict"] is False and wrong["budget"]["within"] and not wrong["parity"]["within"]
-    nan = pipeline.bench(artifact(tmp_path / "nan", off=float("nan")), seconds=0.02)
+    nan = pipeline.bench(artifact(tmp_path / "nan", off=float("nan")), BenchRequest(seconds=0.02))
     assert nan["verdict"] is False
 
 
@@ -442,16 +448,16 @@ def test_an_older_measurement_is_compared_with_only_if_device_settings_and_versi
     tmp_path: Path,
 ) -> None:
     file = relu_file(tmp_path / "a.onnx")
-    answer = pipeline.bench(file, seconds=0.02)
+    answer = pipeline.bench(file, BenchRequest(seconds=0.02))
     older = tmp_path / answer["file"]
-    again = pipeline.bench(relu_file(tmp_path / "b.onnx"), seconds=0.02, against=older)
+    again = pipeline.bench(relu_file(tmp_path / "b.onnx"), BenchRequest(seconds=0.02, against=older))
     assert again["comparison"]["against"] == "a.onnx" and again["comparison"]["interleaved"] is False
     data = json.loads(older.read_text())
     for name, other in (("power_mode", "MAXN"), ("cpu", "another"), ("runtime_version", "1.0"), ("threads", 7)):
         changed = {**data, "environment": {**data["environment"], name: other}}
         (tmp_path / "other.json").write_text(json.dumps(changed))
         with pytest.raises(EnvironmentLacks, match=f"{name.replace('_', ' ')} .*{other} there"):
-            pipeline.bench(file, seconds=0.02, against=tmp_path / "other.json")
+            pipeline.bench(file, BenchRequest(seconds=0.02, against=tmp_path / "other.json"))
     (tmp_path / "other.json").write_text('{"schema": 2}')
     with pytest.raises(InputError, match="schema 2"):
         load_measurement(tmp_path / "other.json")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bar_edge.config import MagnitudeConfig, RunConfig
+from bar_edge.config import MagnitudeConfig
 from bar_edge.methods import METHODS, GateLayout, budget_limit
 from bar_edge.methods.distillation import soft_cross_entropy
 from bar_edge.methods.filters import filters
@@ -13,6 +13,7 @@ from bar_edge.methods.magnitude import ranks, size
 from bar_edge.methods.method import Context, Scored
 from bar_edge.network import Network, count, trace
 from bar_edge.records import Budget
+from bar_edge.requests import PruneRequest
 from bar_edge.surgery import masked_outputs, relative_difference, slice_network
 from tests.methods.test_gates import NETS
 from tests.reference import contrasting, randomise
@@ -27,7 +28,7 @@ def scored(network: Network, budget: str, options: MagnitudeConfig) -> tuple[Con
         raise AssertionError("magnitude needs neither images nor training")
 
     context = Context(
-        config=RunConfig(model="of the test", budget=budget, method="magnitude", magnitude=options),
+        config=PruneRequest(model="of the test", budget=budget, method="magnitude", magnitude=options),
         layout=layout,
         budget=parsed,
         limit=budget_limit(layout, parsed),

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from bar_edge import pipeline
-from bar_edge.config import RunConfig, TrainConfig
+from bar_edge.config import TrainConfig
 from bar_edge.errors import InputError
 from bar_edge.files import read_json
 from bar_edge.methods import METHODS, GateLayout
 from bar_edge.methods.gating.projection import plan_within
 from bar_edge.methods.method import Method, Scored, find_method
 from bar_edge.network import Network, trace
+from bar_edge.requests import DeployRequest, PruneRequest
 from bar_edge_cli.main import main
 
 NO_TRAINING = TrainConfig(dense=0, prune=0, tune=0, device="cpu")
@@ -37,7 +38,7 @@ def tiny() -> Network:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_ends_within_its_budget(name: str, tmp_path: Path) -> None:
-    config = RunConfig(model=f"{__file__}:Tiny", budget="2x:flops", method=name, train=NO_TRAINING)
+    config = PruneRequest(model=f"{__file__}:Tiny", budget="2x:flops", method=name, train=NO_TRAINING)
     result = pipeline.prune(config, tmp_path / "run")
     assert result["budget"]["within"]
     assert result["method"] == name
@@ -47,10 +48,11 @@ def test_every_method_ends_within_its_budget(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["banana", "", "BAR", "random "])
 def test_an_unknown_method_is_refused_before_anything_is_loaded(name: str, tmp_path: Path) -> None:
-    config = RunConfig(model="no.such.module:factory", data="no-such-data", budget="8ms", method=name)
-    for command in (pipeline.prune, pipeline.deploy):
-        with pytest.raises(InputError, match="--method bar, magnitude, random"):
-            command(config, tmp_path / "run")
+    config = PruneRequest(model="no.such.module:factory", data="no-such-data", budget="8ms", method=name)
+    with pytest.raises(InputError, match="--method bar, magnitude, random"):
+        pipeline.prune(config, tmp_path / "run")
+    with pytest.raises(InputError, match="--method bar, magnitude, random"):
+        pipeline.deploy(DeployRequest(prune=config), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -102,7 +104,10 @@ def test_a_stopped_run_does_not_score_twice(tmp_path: Path, monkeypatch: pytest.
         return Scored(network=dense, scores=torch.rand(GateLayout(dense).size))
 
     monkeypatch.setattr(Method, "score", score)
-    config, out = RunConfig(model=f"{__file__}:Tiny", budget="2x", method="random", train=NO_TRAINING), tmp_path / "run"
+    config, out = (
+        PruneRequest(model=f"{__file__}:Tiny", budget="2x", method="random", train=NO_TRAINING),
+        tmp_path / "run",
+    )
     first = pipeline.prune(config, out)
     plan = read_json(out / "plan.json")
     for name in ("plan.json", "result.json"):

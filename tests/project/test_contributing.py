@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from bar_edge import pipeline
-from bar_edge.config import RunConfig, TrainConfig
+from bar_edge.config import TrainConfig
 from bar_edge.errors import InputError
 from bar_edge.methods import method as methods
 from bar_edge.models import build
 from bar_edge.network import count, trace
 from bar_edge.records import Budget, cost
 from bar_edge.report import write_report
+from bar_edge.requests import PruneRequest
 
 TRAIN = TrainConfig(dense=0, prune=1, tune=0, device="cpu", batch=256)
 
@@ -37,8 +38,8 @@ def line(text: str, names: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def config(**fields: Any) -> RunConfig:
-    return RunConfig(model="resnet20", model_arg=("width=0.25",), train=TRAIN, **fields)
+def config(**fields: Any) -> PruneRequest:
+    return PruneRequest(model="resnet20", model_arg=("width=0.25",), train=TRAIN, **fields)
 
 
 def test_a_method(examples: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

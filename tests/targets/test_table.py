@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from bar_edge.bench import RUNTIMES
-from bar_edge.config import RunConfig, TrainConfig
+from bar_edge.config import TrainConfig
 from bar_edge.errors import BarEdgeError
 from bar_edge.files import read_json
 from bar_edge.pipeline import export_run, prune
+from bar_edge.requests import ExportRequest, PruneRequest
 from bar_edge.targets.row import PRECISIONS
 from bar_edge.targets.table import ELSEWHERE, TARGETS, find_target, forms_for
 from bar_edge_calibration.recipe import recipes
@@ -23,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("table") / "run"
     train = TrainConfig(dense=1, prune=0, tune=0, batch=256, precision="fp32", device="cpu")
-    config = RunConfig(
+    config = PruneRequest(
         model="wrn-10-1", model_arg=("width=0.5",), data="digits", budget="2x", method="random", train=train
     )
     prune(config, folder)
@@ -38,7 +39,7 @@ def test_every_target_in_every_precision_is_written_or_refused(
     target, folder = TARGETS[name], tmp_path / "artifact"
     try:
         answer: dict[str, Any] = export_run(
-            run, target=name, precision=precision, lowering="slices:4", data="random", out=folder
+            run, ExportRequest(target=name, precision=precision, lowering="slices:4", data="random"), out=folder
         )
     except BarEdgeError as error:
         assert error.exit_code in (2, 3) and not folder.exists()

@@ -16,13 +16,14 @@ import torch
 from safetensors.numpy import load_file
 
 from bar_edge.bench import Comparison, Measurement, bench_onnx
-from bar_edge.config import RunConfig, TrainConfig
+from bar_edge.config import TrainConfig
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
 from bar_edge.files import read_json
 from bar_edge.models import build
 from bar_edge.network import Network, trace
 from bar_edge.pipeline import bench, export_run, prune, verify
 from bar_edge.records.lowering import Lowering
+from bar_edge.requests import BenchRequest, ExportRequest, PruneRequest
 from bar_edge.targets import target as targets
 from bar_edge.targets.export_run import INT8_GAIN
 from bar_edge.targets.onnx.parity import TOLERANCES
@@ -38,7 +39,7 @@ from tests.targets.test_bundle import site, trtexec  # noqa: F401  fixtures
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("targets") / "run"
     train = TrainConfig(dense=1, prune=0, tune=1, batch=64, precision="fp32", device="cpu")
-    prune(RunConfig(model="resnet20", data="digits", budget="4x", method="random", train=train), folder)
+    prune(PruneRequest(model="resnet20", data="digits", budget="4x", method="random", train=train), folder)
     return folder
 
 
@@ -52,7 +53,7 @@ def fast_enough(answer: dict[str, Any]) -> bool:
 
 
 def test_fp16_computes_in_half_and_answers_alike(run: Path, tmp_path: Path) -> None:
-    answer = export_run(run, precision="fp16", lowering="gather:4", out=tmp_path / "half")
+    answer = export_run(run, ExportRequest(precision="fp16", lowering="gather:4"), out=tmp_path / "half")
     manifest = read_json(tmp_path / "half" / "manifest.json")
     assert answer["verdict"] and (manifest["precision"], manifest["lowering"]) == ("fp16", "gather:4")
     assert 0 < manifest["parity"]["error"] <= manifest["parity"]["tolerance"]
@@ -69,7 +70,9 @@ def test_int8_says_what_it_costs_and_keeps_the_promise_or_not(
 ) -> None:
     monkeypatch.setattr(targets, "FINETUNE_STEPS", 2)
     answer: dict[str, Any] = export_run(
-        run, precision="int8", lowering="slices:16", max_drop=100.0, with_preprocessing=inside, out=tmp_path / "int8"
+        run,
+        ExportRequest(precision="int8", lowering="slices:16", max_drop=100.0, with_preprocessing=inside),
+        out=tmp_path / "int8",
     )
     manifest = read_json(tmp_path / "int8" / "manifest.json")
     assert answer["verdict"] == fast_enough(answer) and manifest["precision"] == "int8"
@@ -84,7 +87,9 @@ def test_int8_says_what_it_costs_and_keeps_the_promise_or_not(
     assert manifest["conversion"]["calibration"]["images"] == 512
     assert verify(tmp_path / "int8")["verdict"]
     if not inside:  # nothing gains a hundred points
-        never = export_run(run, precision="int8", choice_seconds=1.0, max_drop=-100.0, out=tmp_path / "never")
+        never = export_run(
+            run, ExportRequest(precision="int8", choice_seconds=1.0, max_drop=-100.0), out=tmp_path / "never"
+        )
         assert not never["verdict"] and any("by more than -100" in warning for warning in never["warnings"])
         conversion = read_json(tmp_path / "never" / "manifest.json")["conversion"]
         assert conversion["rungs"][-1]["rung"] == "fine-tuning" and conversion["sensitivity"]
@@ -131,9 +136,11 @@ def test_recipes_that_write_the_same_file_are_not_measured(run: Path, monkeypatc
 
 def test_random_images_are_for_speed_alone(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--max-drop"):
-        export_run(run, precision="int8", data="random", max_drop=1.0, out=tmp_path / "none")
+        export_run(run, ExportRequest(precision="int8", data="random", max_drop=1.0), out=tmp_path / "none")
     answer = export_run(
-        run, precision="int8", recipe="onnxruntime-amx", lowering="slices", data="random", out=tmp_path / "random"
+        run,
+        ExportRequest(precision="int8", recipe="onnxruntime-amx", lowering="slices", data="random"),
+        out=tmp_path / "random",
     )
     assert answer["verdict"] == fast_enough(answer) and answer["held_out"] is None
     assert any("random images" in warning for warning in answer["warnings"])
@@ -144,7 +151,9 @@ def test_random_images_are_for_speed_alone(run: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_a_file_for_openvino_is_compared_there(run: Path, tmp_path: Path, precision: str) -> None:
-    answer = export_run(run, target="openvino", precision=precision, lowering="slices", out=tmp_path / "file")
+    answer = export_run(
+        run, ExportRequest(target="openvino", precision=precision, lowering="slices"), out=tmp_path / "file"
+    )
     assert answer["verdict"] == (precision != "int8" or fast_enough(answer))
     assert 0 < answer["parity"][precision] <= TOLERANCES[precision]
     assert (answer["speedup_over_fp32"] is None) == (answer["held_out"] is None) == (precision == "fp32")
@@ -157,13 +166,15 @@ def test_openvino_rounds_to_bf16_what_the_file_holds_in_fp32(run: Path, tmp_path
     if not torch.cpu._is_avx512_bf16_supported():  # said at once; no file is named after what it is not
         print("this processor has no bf16")
         with pytest.raises(EnvironmentLacks, match="a CPU that OpenVINO computes bf16 on"):
-            export_run(run, target="openvino", precision="bf16", out=out)
-        export_run(run, target="openvino", lowering="slices", out=out)
+            export_run(run, ExportRequest(target="openvino", precision="bf16"), out=out)
+        export_run(run, ExportRequest(target="openvino", lowering="slices"), out=out)
         with pytest.raises(EnvironmentLacks, match="a CPU that OpenVINO computes bf16 on"):
-            bench(out, precision="bf16", seconds=0.05)
+            bench(out, BenchRequest(precision="bf16", seconds=0.05))
         return
     print("this processor has bf16")
-    answer = export_run(run, target="openvino", precision="bf16", lowering="slices", max_drop=100.0, out=out)
+    answer = export_run(
+        run, ExportRequest(target="openvino", precision="bf16", lowering="slices", max_drop=100.0), out=out
+    )
     manifest, held_out = read_json(out / "manifest.json"), answer["held_out"]
     assert answer["verdict"] and TOLERANCES["fp32"] < answer["parity"]["bf16"] <= TOLERANCES["bf16"]
     assert (manifest["precision"], manifest["precision_hint"]) == ("bf16", "bf16")
@@ -172,15 +183,17 @@ def test_openvino_rounds_to_bf16_what_the_file_holds_in_fp32(run: Path, tmp_path
     assert onnx.TensorProto.BFLOAT16 not in types
     # the file itself answers as the network does; the runtime's rounding is bench's to compare
     assert verify(out)["verdict"] and "at most 0.0001" in verify(out)["checks"][-1]["detail"]
-    measured = bench(out, seconds=0.05)
+    measured = bench(out, BenchRequest(seconds=0.05))
     assert (measured["runtime"], measured["precision"]) == ("openvino-cpu", "bf16")
     assert measured["parity"]["within"] and measured["parity"]["error"] == pytest.approx(answer["parity"]["bf16"])
-    assert bench(out, precision="fp32", seconds=0.05)["parity"]["error"] < TOLERANCES["fp32"]
-    export_run(run, lowering="slices", out=tmp_path / "float")
+    assert bench(out, BenchRequest(precision="fp32", seconds=0.05))["parity"]["error"] < TOLERANCES["fp32"]
+    export_run(run, ExportRequest(lowering="slices"), out=tmp_path / "float")
     beside = bench_onnx([out, tmp_path / "float"], runtime="openvino-cpu", seconds=0.05)
     assert [found.environment["precision"] for found in beside] == ["bf16", "fp32"]
     # nothing gains a hundred points
-    never = export_run(run, target="openvino", precision="bf16", lowering="slices", max_drop=-100.0, out=out)
+    never = export_run(
+        run, ExportRequest(target="openvino", precision="bf16", lowering="slices", max_drop=-100.0), out=out
+    )
     assert not never["verdict"] and any("by more than -100" in warning for warning in never["warnings"])
 
 
@@ -210,14 +223,16 @@ def test_int8_that_is_not_beyond_doubt_faster_is_a_no(
     """By the interval, not by the median: that alone says 1.5 each time."""
     found = Comparison(against="fp32", speedup=1.5, low=low, high=1.6, interleaved=True)
     monkeypatch.setattr(targets, "compare", lambda *_: found)
-    answer = export_run(run, precision="int8", recipe="onnxruntime-cpu", lowering="slices", out=tmp_path / "int8")
+    answer = export_run(
+        run, ExportRequest(precision="int8", recipe="onnxruntime-cpu", lowering="slices"), out=tmp_path / "int8"
+    )
     assert answer["verdict"] == verdict
     said = [warning for warning in answer["warnings"] if "ship --precision fp32" in warning]
     assert len(said) == (not verdict) and all("not beyond doubt 1.02 times" in warning for warning in said)
 
 
 def test_a_bundle_for_a_device_has_all_it_needs(run: Path, tmp_path: Path) -> None:
-    answer = export_run(run, target="trt-bundle", precision="fp16", out=tmp_path / "bundle")
+    answer = export_run(run, ExportRequest(target="trt-bundle", precision="fp16"), out=tmp_path / "bundle")
     assert answer["verdict"] and answer["lowering"] == "regular:8"
     names = {path.name for path in (tmp_path / "bundle").iterdir()}
     assert names >= {
@@ -237,7 +252,7 @@ def test_a_bundle_for_a_device_has_all_it_needs(run: Path, tmp_path: Path) -> No
 
 
 def test_bf16_is_verified_too(run: Path, tmp_path: Path) -> None:
-    assert export_run(run, target="trt-bundle", precision="bf16", out=tmp_path / "bundle")["verdict"]
+    assert export_run(run, ExportRequest(target="trt-bundle", precision="bf16"), out=tmp_path / "bundle")["verdict"]
     answer = verify(tmp_path / "bundle")
     assert answer["verdict"] and answer["checks"][-1]["detail"].endswith("on 4 samples")
     with (tmp_path / "bundle" / "run.pyz").open("a") as stream:
@@ -281,11 +296,11 @@ def test_an_engine_is_built_compared_and_measured_on_a_device(
     assert checks["verdict"] and "hash of model.engine" in {check["name"] for check in checks["checks"]}
 
     # the engine that came back runs on its device, and on no other
-    answer = bench(engine, runtime="tensorrt", seconds=0.05, on=server.target)
+    answer = bench(engine, BenchRequest(runtime="tensorrt", seconds=0.05, on=server.target))
     assert answer["parity"]["within"] and answer["parts_ms"]["h2d"]["p50"] == 0.25
     device(version="10.3", gpu="Thor", compute_capability=[11, 0])
     with pytest.raises(EnvironmentLacks, match=r"(?s)Thor.*built for Orin.*sh build\.sh"):
-        bench(engine, runtime="tensorrt", seconds=0.05, on=server.target)
+        bench(engine, BenchRequest(runtime="tensorrt", seconds=0.05, on=server.target))
 
     device(version="11.4", wrong_by=5.0)
     assert exported(run, tmp_path / "wrong", server.target) == 1
@@ -308,20 +323,20 @@ def test_an_engine_is_built_compared_and_measured_on_a_device(
 def test_what_is_missing_is_said_before_anything_is_done(run: Path, tmp_path: Path) -> None:
     for wrong in ({"target": "tensorflow"}, {"target": "banana"}, {"precision": "fp7"}, {"precision": ""}):
         with pytest.raises(InputError, match=r"(trt-bundle|bf16)[\s\S]*nothing was written"):
-            export_run(tmp_path, **wrong)
+            export_run(tmp_path, ExportRequest(**wrong))
     with pytest.raises(EnvironmentLacks, match="bf16"):
-        export_run(tmp_path, target="onnx", precision="bf16")
+        export_run(tmp_path, ExportRequest(target="onnx", precision="bf16"))
     with pytest.raises(EnvironmentLacks, match="--max-drop"):
-        export_run(run, target="trt-bundle", precision="bf16", max_drop=1.0)
+        export_run(run, ExportRequest(target="trt-bundle", precision="bf16", max_drop=1.0))
     with pytest.raises(InputError, match="--target trt"):
-        export_run(run, target="onnx", on="ssh://board")
+        export_run(run, ExportRequest(target="onnx", on="ssh://board"))
     for asked in ({"precision": "int8", "recipe": "tensorrt"}, {"recipe": "onnxruntime-cpu"}):
         with pytest.raises(InputError, match="--recipe auto"):
-            export_run(run, out=tmp_path / "none", **asked)
-    for option in ("batch=1,4", "batch=many", "dla_core=all", "timing_caches=here", "fp16=true"):
+            export_run(run, ExportRequest(**asked), out=tmp_path / "none")
+    for wrong in ("batch=1,4", "batch=many", "dla_core=all", "timing_caches=here", "fp16=true"):
         with pytest.raises(InputError, match=r"workspace_mib=0.*|batch range"):
-            export_run(run, target="trt-bundle", engine=(option,))
+            export_run(run, ExportRequest(target="trt-bundle", engine=(wrong,)))
     if importlib.util.find_spec("tensorrt") is None:
         with pytest.raises(EnvironmentLacks, match="TensorRT"):
-            export_run(run, target="trt", out=tmp_path / "engine")
+            export_run(run, ExportRequest(target="trt"), out=tmp_path / "engine")
         assert not (tmp_path / "engine").exists()
