@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import re
 import signal
@@ -18,15 +17,14 @@ from typing import Any
 
 import bar_edge
 from bar_edge.bench.packed import packed, packed_runner
-from bar_edge.bench.runner.runtimes import RUNTIMES as _RUNTIMES
+from bar_edge.bench.runner.runtimes import RUNTIMES
 from bar_edge.bench.runner.telling import DOING
 from bar_edge.bench.ssh import Device, Finished, Target
 from bar_edge.bench.statistics import Comparison, drift, median_interval, meets
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
-from bar_edge.files import read_json, write_json
+from bar_edge.files import file_hash, read_json, write_json
 from bar_edge.records import Budget, Latency
 
-RUNTIMES = tuple(_RUNTIMES)
 _ERRORS = {"InputError": InputError, "EnvironmentLacks": EnvironmentLacks, "BarEdgeError": BarEdgeError}
 #: that the building of an engine may take, per file
 _BUILD_SECONDS = 1200.0
@@ -91,7 +89,7 @@ def bench_onnx(
         "layers": layers,
         "caches": caches,
     }
-    build_s = _BUILD_SECONDS if _RUNTIMES[runtime].builds else 0
+    build_s = _BUILD_SECONDS if RUNTIMES[runtime].builds else 0
     limit = timeout_s or 120 + (3 * seconds + build_s) * len(files)
     if on == "local":
         finished = _run_here({**request, "files": described}, limit)
@@ -112,7 +110,7 @@ def measurement(model: Path, found: dict[str, Any], answer: dict[str, Any], on: 
             "on": on.partition(":")[0],  # not the host's name: it stays here
             **answer["environment"],
             "precision": found["precision"],
-            "model_sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
+            "model_sha256": file_hash(model),
         },
         conditions=answer["conditions"],
         **{name: found[name] for name in ("warmup_runs", "warmup_stable", "parity", "parts_ms", "layers_ms")},
@@ -242,7 +240,7 @@ def runtimes_here() -> dict[str, str]:
 def _check(files: list[dict[str, Any]], runtime: str, threads: int, batch: int, seconds: float) -> None:
     if runtime not in RUNTIMES:
         raise InputError(f"a runtime out of: {', '.join(RUNTIMES)}", got=runtime, consequence=_NOTHING)
-    known = _RUNTIMES[runtime].precisions
+    known = RUNTIMES[runtime].precisions
     others = [file["precision"] for file in files if file["precision"] not in known]
     if others:
         raise InputError(f"for {runtime} a precision out of: {', '.join(known)}", got=others[0], consequence=_NOTHING)

@@ -8,7 +8,6 @@ from pathlib import Path
 import onnxruntime
 
 from bar_edge.bench import RUNTIMES
-from bar_edge.bench.runner import PRECISIONS
 from bar_edge.bench.ssh import Target
 from bar_edge.config import read_toml
 from bar_edge.data import check_data
@@ -30,7 +29,7 @@ from bar_edge.requests import (
     prune_request,
 )
 from bar_edge.targets.table import TARGETS, check_target, runtime_of
-from bar_edge.targets.tensorrt.engine import import_tensorrt
+from bar_edge.targets.tensorrt.bindings import import_tensorrt
 from bar_edge.targets.tensorrt.target import engine_options
 from bar_edge.training import check_task, choose_device
 
@@ -104,8 +103,8 @@ def check_bench(request: BenchRequest, runtime: str) -> None:
     """Raise InputError or EnvironmentLacks for what `bench` could not do; runtime: the one that it is to be."""
     check_place(request.on)
     check_runtime(runtime, request.on)
-    if request.precision is not None and request.precision not in PRECISIONS[runtime]:
-        known = ", ".join(PRECISIONS[runtime])
+    if request.precision is not None and request.precision not in RUNTIMES[runtime].precisions:
+        known = ", ".join(RUNTIMES[runtime].precisions)
         raise InputError(
             f"for {runtime} a precision out of: {known}", got=request.precision, consequence="nothing was measured"
         )

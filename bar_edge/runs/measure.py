@@ -23,7 +23,7 @@ from bar_edge.records.verdict import Verdict
 from bar_edge.requests import BenchRequest
 from bar_edge.runs.door import judge
 from bar_edge.runs.run_folder import read_result, write_result
-from bar_edge.targets.verify import MANIFEST
+from bar_edge.targets.verify import MANIFEST, overflow_note
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

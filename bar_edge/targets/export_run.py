@@ -249,7 +249,7 @@ def _written(
                 recipe=recipe,
                 held_out=held_out,
                 max_drop=wanted.max_drop,
-                tuned=targets.finetuned(network, lowering, pruned.data, inside),
+                tuned=targets.finetuned(network, lowering, pruned.data, inside, recipe),
                 on=wanted.on,
                 engine=wanted.engine,
             )

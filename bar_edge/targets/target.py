@@ -110,13 +110,15 @@ def prove(manifest: dict[str, Any], folder: Path, source: Path, *, held_out: Hel
 
 
 def finetuned(
-    network: Network, lowering: Lowering, data: DataSource, preprocessing: Preprocessing | None
+    network: Network, lowering: Lowering, data: DataSource, preprocessing: Preprocessing | None, recipe: Recipe | None
 ) -> Callable[[Path], None]:
     """Return what writes a network's float file anew, with weights that learned under rounding on training images."""
 
     def write(file: Path) -> None:
+        assert recipe is not None, "INT8 is laid out by a recipe"
         batches = data.fit.batches(BATCH, train=True, seed=0, epoch=0, device="cpu", augment="none")
-        learned = finetune(folded(network), (images for images, _ in itertools.islice(batches, FINETUNE_STEPS)))
+        images = (images for images, _ in itertools.islice(batches, FINETUNE_STEPS))
+        learned = finetune(folded(network), images, weight_bits=recipe.weight_bits)
         export_onnx(lower(learned, lowering), network.input_shapes, file, preprocessing=preprocessing)
 
     return write

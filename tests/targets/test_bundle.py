@@ -15,6 +15,7 @@ from onnx import TensorProto
 
 from bar_edge.bench import bench_onnx, runtimes_here
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
+from bar_edge.files import file_hash
 from bar_edge.lowering.lower import lower
 from bar_edge.models import build
 from bar_edge.network import trace
@@ -22,7 +23,6 @@ from bar_edge.records.lowering import Lowering
 from bar_edge.targets.artifact import ArtifactSpec, write_artifact
 from bar_edge.targets.tensorrt.bundle import build_script, write_bundle
 from bar_edge.targets.tensorrt.options import EngineOptions
-from bar_edge.targets.verify import file_hash
 from tests.reference import randomise
 from tests.targets.fake_tensorrt import SURFACE
 

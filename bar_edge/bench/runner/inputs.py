@@ -33,10 +33,15 @@ def parity(model: Loaded, file: dict[str, Any], batch: int, least: float) -> dic
             same = a.shape == b.shape and np.isfinite(a - b).all()
             error = max(error, float(np.abs(a - b).max())) if same else float("inf")
             scale = max(scale, float(np.abs(a).max()))
-    relative = 0.0 if error == 0 else error / scale if scale else float("inf")
+    off = relative(error, scale)
     tolerance = max(file["tolerance"], least)
-    within = relative <= tolerance
-    return {"error": relative if relative < float("inf") else None, "tolerance": tolerance, "within": within, "n": n}
+    within = off <= tolerance
+    return {"error": off if off < float("inf") else None, "tolerance": tolerance, "within": within, "n": n}
+
+
+def relative(error: float, scale: float) -> float:
+    """Return error / scale, where no error on an output of zeros is none."""
+    return 0.0 if error == 0 else error / scale if scale else float("inf")
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import re
 from typing import Any
 
 from .records import Problem
@@ -34,7 +35,14 @@ def _is_installed(name: str) -> bool:
 
 def refused(name: str, runtime: str, error: Exception) -> Problem:
     """Return what is answered of a file that a runtime does not load."""
-    return Problem("InputError", f"an ONNX file that {runtime} loads", f"{name}: {str(error).strip()[:200]}")
+    return Problem("InputError", f"an ONNX file that {runtime} loads", f"{name}: {library_says(error)}")
+
+
+def library_says(error: Exception) -> str:
+    """Return what a native library says, without the lines of its sources: the operator's name comes behind them."""
+    text = re.sub(r"Exception from \S+:\d+:|Check '[^']*' failed at \S+|FrontEnd API failed with \w+:", "", str(error))
+    text = " ".join(text.split())
+    return text if len(text) <= 400 else f"{text[:150]} ... {text[-240:]}"
 
 
 def doing(what: str, *files: dict[str, Any]) -> None:

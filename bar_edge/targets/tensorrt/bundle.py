@@ -10,14 +10,14 @@ from typing import Any
 
 from bar_edge.bench.packed import packed, packed_runner
 from bar_edge.errors import InputError
-from bar_edge.files import write_json
+from bar_edge.files import file_hash, write_json
 from bar_edge.targets.artifact import parity_entry, replacing
 from bar_edge.targets.onnx.precision import to_half
 from bar_edge.targets.tensorrt.check import require_accepted
 from bar_edge.targets.tensorrt.device_build import BUILDER, RUNNER
 from bar_edge.targets.tensorrt.operators import VERSIONS
 from bar_edge.targets.tensorrt.options import EngineOptions
-from bar_edge.targets.verify import MANIFEST, MODEL, SAMPLES, file_hash, read_manifest, sample_error
+from bar_edge.targets.verify import MANIFEST, MODEL, SAMPLES, read_manifest, sample_error
 
 #: bf16 files need opset 22, which 10.3 does not read
 READERS = {"fp32": VERSIONS, "fp16": VERSIONS, "bf16": ("10.16", "11"), "int8": VERSIONS}
