@@ -197,7 +197,7 @@ def check_priced(lowering: str, table: Path) -> None:
 
 def check_budget_needs(budget: str, table: Path | None) -> None:
     """Raise InputError for a text that is no budget, or one in ms without a table to read it by."""
-    if Budget.parse(budget).metric == "ms" and table is None:
+    if Budget.parse(budget).cost.of_device and table is None:
         raise InputError(
             "a latency table for a budget in ms",
             got=budget,

@@ -35,8 +35,8 @@ class Benched:
     comparison: Comparison | None
     #: name of the file that holds it
     file: str
-    #: what else speaks against the artifact on that device
-    notes: tuple[str, ...] = ()
+    #: what speaks against the file on the processor that was measured
+    warnings: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> bool | None:
@@ -54,8 +54,8 @@ class Benched:
     def to_json(self) -> dict[str, Any]:
         """Return the measurement without its raw samples."""
         found = summary(self.measurement, budget=self.budget, comparison=self.comparison)
-        warnings = [*found["warnings"], *self.notes]
-        return {"verdict": self.verdict, **found, "warnings": warnings, "file": self.file}
+        found["warnings"] = [*found["warnings"], *self.warnings]
+        return {"verdict": self.verdict, **found, "file": self.file}
 
 
 def runtime_of(target: Path, request: BenchRequest) -> str:
@@ -64,7 +64,6 @@ def runtime_of(target: Path, request: BenchRequest) -> str:
 
 
 def _manifest(target: Path) -> dict[str, Any]:
-    """Return an artifact's manifest; empty for any other file."""
     found: dict[str, Any] = read_json(target / MANIFEST) if (target / MANIFEST).is_file() else {}
     return found
 
@@ -93,8 +92,8 @@ def measure(target: Path, request: BenchRequest) -> Benched:
     if target.is_dir() and (run / "result.json").is_file():
         entry = _entry(found[0], f"{target.name}/{file.name}")
         write_result(run, read_result(run).with_latency(entry))
-    notes = tuple(overflow_note(_manifest(target), found[0].environment))
-    return Benched(measurement=found[0], budget=budget, comparison=comparison, file=file.name, notes=notes)
+    warnings = tuple(overflow_note(_manifest(target), found[0].environment))
+    return Benched(measurement=found[0], budget=budget, comparison=comparison, file=file.name, warnings=warnings)
 
 
 def _entry(measured: Measurement, file: str) -> LatencyEntry:

@@ -115,8 +115,11 @@ def export_network(wanted: Wanted, pruned: Exportable, folder: Path, progress: P
     )
     written = _written(wanted, pruned, folder, spec, lowering, recipe)
     executed = count_executed(lower(pruned.network, lowering))
-    faster = False if written.slow else None if choice is None else choice.faster
-    verdict = Verdict(right=written.stands, kept=written.kept, faster=faster)
+    verdict = Verdict(
+        right=written.stands,
+        kept=written.kept,
+        faster=not written.slow and (choice is None or choice.faster),
+    )
     return ExportResult(
         verdict=verdict.yes,
         artifact=str(folder),

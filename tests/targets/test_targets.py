@@ -223,9 +223,8 @@ def test_int8_that_is_not_beyond_doubt_faster_is_a_no(
     """By the interval, not by the median: that alone says 1.5 each time."""
     found = Comparison(against="fp32", speedup=1.5, low=low, high=1.6, interleaved=True)
     monkeypatch.setattr(targets, "compare", lambda *_: found)
-    answer = export_run(
-        run, ExportRequest(precision="int8", recipe="onnxruntime-cpu", lowering="slices"), out=tmp_path / "int8"
-    )
+    asked = ExportRequest(precision="int8", recipe="onnxruntime-cpu", lowering="slices")
+    answer = export_run(run, asked, out=tmp_path / "int8")
     assert answer["verdict"] == verdict
     said = [warning for warning in answer["warnings"] if "ship --precision fp32" in warning]
     assert len(said) == (not verdict) and all("not beyond doubt 1.02 times" in warning for warning in said)
