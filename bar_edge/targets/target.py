@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bar_edge.bench import bench_onnx, compare, runner
+from bar_edge.bench import bench_onnx, compare
+from bar_edge.bench.runner.on_openvino import load_openvino_cpu
+from bar_edge.bench.runner.records import Settings
 from bar_edge.data import DataSource
 from bar_edge.data.memory import RANDOM
 from bar_edge.files import write_json
@@ -130,7 +132,7 @@ def _onnxruntime(model: Path, as_written: bool) -> Callable[[np.ndarray], Sequen
 
 def _openvino(model: Path, precision: str) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
     """Return what runs a file as it is measured: an image at a time."""
-    loaded = runner.load_openvino_cpu(model, model.name, runner.Settings(1, 1, precision, alone=True))
+    loaded = load_openvino_cpu(model, model.name, Settings(1, 1, precision, alone=True))
 
     def run(images: np.ndarray) -> Sequence[np.ndarray]:
         each = [[output.copy() for output in loaded.run([image[None]])] for image in images]

@@ -27,8 +27,8 @@ def finetune(network: _Network, batches: Iterable[Tensor], *, weight_bits: int) 
     network: for inference, BatchNorm folded; batches: inputs, one step of Adam each. weight_bits: of the recipe that
     the network is for. Weights are rounded per channel to symmetric integers, what layers read per tensor to uint8 over
     the range of the first batches, gradients pass straight through (Jacob et al., Quantization and Training of Neural
-    Networks, 2018). The loss is the squared difference of the outputs, relative: labels are not needed.
-    The same batches give the same weights.
+    Networks, 2018). The loss is the squared difference of the outputs, relative: labels are not needed. The same
+    batches give the same weights.
     """
     images = iter(batches)
     first = list(itertools.islice(images, RANGE_BATCHES))

@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bar_edge.bench import runner
+from bar_edge.bench.runner import device as processor
 from bar_edge.lowering.lower import lower
 from bar_edge.models import build
 from bar_edge.network import trace
@@ -237,7 +237,7 @@ def test_verify_says_where_a_file_of_eight_bits_overflows(
     assert not overflow_note(manifest | {"conversion": seven}, HASWELL)
     assert not overflow_note(manifest | {"target": "trt-bundle"}, HASWELL)
     for device, expected in ((HASWELL, True), (OTHERS[0], False)):
-        monkeypatch.setattr(runner, "device", lambda with_gpu, device=device: device)
+        monkeypatch.setattr(processor, "device", lambda with_gpu, device=device: device)
         assert ("without VNNI and AMX" in parity_of(folder)[1]) == expected
 
 
@@ -248,7 +248,7 @@ def test_artifacts_of_earlier_versions_have_eight_bits() -> None:
 
 
 def test_the_runner_tells_what_the_processor_can() -> None:
-    told = runner.device(with_gpu=False)
+    told = processor.device(with_gpu=False)
     if sys.platform == "linux" and told["machine"] == "x86_64":
         assert ("avx2" in told["abilities"].split()) == ("avx2" in Path("/proc/cpuinfo").read_text().split())
 
