@@ -147,7 +147,7 @@ class Bed:
             forms = [self.dense, *(lower(network, form) for form in FORMS)]
             for form, file in zip(forms, files, strict=True):
                 export_onnx(form, form.input_shapes, file)
-                dense, *others = map(undisturbed_ms, bench_onnx(files, seconds=seconds))
+            dense, *others = map(undisturbed_ms, bench_onnx(files, seconds=seconds))
         return min(others) / dense
 
     def matched(self, make: Callable[[float], Network], target: float, low: float, high: float) -> Network:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bar_edge.config import TrainConfig
-from bar_edge.methods import GateLayout, smallest_cost
+from bar_edge.methods import BAR, GateLayout, smallest_cost
 from bar_edge.methods.closing import Closer
 from bar_edge.methods.projection import project, protected_gates
 from bar_edge.models import build
@@ -67,6 +67,14 @@ def test_widths_are_those_that_the_device_rewards() -> None:
     opened = opened_after(layout, "ms", importance, 0.4 * layout.cost({}, "ms"))
     widths = {len(ids) for ids in layout.kept(opened).values()}
     assert widths <= {0, 4, 8, 12, 16, 32, 48, 64} and len(widths) > 3
+
+
+def test_a_budget_in_ms_falls_from_the_whole_latency() -> None:
+    network = traced("resnet20", 0.5)
+    table = made_up(network)
+    whole = GateLayout(network, table=table).cost({}, "ms")
+    pruner = BAR(network, budget=f"{whole / 2:.6f}ms", steps=10, table=table)
+    assert pruner.schedule.upper(0) == pytest.approx(1.01 * whole) and pruner.optimizer.state_dict()["cost"] == whole
 
 
 def test_a_branch_counts_once() -> None:
