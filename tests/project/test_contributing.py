@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from bar_edge import pipeline
-from bar_edge.bench import protocol
+from bar_edge.bench import RUNTIMES, protocol
+from bar_edge.bench.runner.inputs import random_inputs
+from bar_edge.bench.runner.measuring import measure
+from bar_edge.bench.runner.records import Problem, Settings
 from bar_edge.config import TrainConfig
 from bar_edge.errors import InputError
 from bar_edge.methods import method as methods
