@@ -30,14 +30,14 @@ from typing import Any
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]  # the five commands are the tests'
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the five commands are the tests'
 from bar_edge import pipeline  # noqa: F401  loaded once: every network's process is a fork of this one
 from bar_edge.files import read_json, write_json
 from bar_edge.network import Network
 from benchmarks.zoo_networks import NETWORKS
 from tests.five_commands import five_commands, torch_flops, write_images
 
+ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 3
 #: processor seconds of a network's commands, and of Torch-Pruning
 LIMIT_S, LIMIT_BESIDE_S = 600, 60
@@ -114,7 +114,7 @@ def noted(command: str, answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def beside(name: str, file: Path) -> None:
-    """Prune the same network by Torch-Pruning, without a list of layers but the classifier, to half of torch's FLOPs."""
+    """Prune the same network by Torch-Pruning to half of torch's FLOPs; of its layers only the classifier is named."""
     import torch_pruning
 
     shape, module = (3, NETWORKS[name].side, NETWORKS[name].side), network(name, CLASSES)
@@ -196,7 +196,9 @@ def table(found: dict[str, Any]) -> str:
     lines += [f"| {' | '.join([*head, 'Torch-Pruning'])} |", "| --- |" + " ---: |" * len(head)]
     for name, row in rows.items():
         lines.append(f"| {' | '.join([name, *cells(row)])} |")
-    failures = {n: f"`{row['failed']['command']}`: {row['failed']['words']}" for n, row in rows.items() if row["failed"]}
+    failures = {
+        n: f"`{row['failed']['command']}`: {row['failed']['words']}" for n, row in rows.items() if row["failed"]
+    }
     return "\n".join([*lines, "", *(f"- {name}: {words}" for name, words in failures.items())])
 
 

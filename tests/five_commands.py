@@ -121,6 +121,11 @@ class TorchFlops(TorchDispatchMode):
 
 def torch_flops(module: torch.nn.Module, shape: tuple[int, ...], batch: int = 2) -> dict[str, int]:
     """Return torch's FLOPs of one input (C, H, W), by kind; see `TorchFlops`."""
-    with torch.no_grad(), TorchFlops(batch) as counter:
-        module.eval()(torch.zeros(batch, *shape, dtype=next(module.parameters()).dtype))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # attention as one operator, of which torch counts nothing
+    try:
+        with torch.no_grad(), TorchFlops(batch) as counter:
+            module.eval()(torch.zeros(batch, *shape, dtype=next(module.parameters()).dtype))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return counter.found
