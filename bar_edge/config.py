@@ -1,4 +1,4 @@
-"""What a run is told: every option of `prune` with its default, read from TOML and the command line."""
+"""How a run trains and prunes: the tables of a configuration, its presets, and how records are read from TOML."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from bar_edge.errors import InputError
 PHASES = ("dense", "prune", "tune")
 
 
-def _at_least(config: Any, least: float, *names: str) -> None:
+def at_least(config: Any, least: float, *names: str) -> None:
+    """Raise InputError unless these fields are at least so large."""
     for name in names:
-        if not getattr(config, name) >= least:
-            raise _wrong(name, f"a number of at least {least:g}", getattr(config, name))
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise _wrong(name, f"a number of at least {least:g}", value)
 
 
-def _above(config: Any, least: float, *names: str) -> None:
+def above(config: Any, least: float, *names: str) -> None:
+    """Raise InputError unless these fields are larger."""
     for name in names:
-        if not getattr(config, name) > least:
-            raise _wrong(name, f"a number above {least:g}", getattr(config, name))
+        value = getattr(config, name)
+        if value is not None and not value > least:
+            raise _wrong(name, f"a number above {least:g}", value)
 
 
 def _wrong(name: str, required: str, value: object) -> InputError:
@@ -35,20 +39,23 @@ def _wrong(name: str, required: str, value: object) -> InputError:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """How weights are trained; each phase (dense, prune, tune) uses the same fields."""
+    """How weights are trained; each phase (dense, prune, tune) uses the same fields.
 
-    #: epochs per phase
-    dense: int = 20
-    prune: int = 20
-    tune: int = 12
-    #: images per step
-    batch: int = 128
+    What is None is chosen by the number of training images (`chosen`).
+    """
+
+    #: epochs per phase; chosen: 20, 8 and 24, or as many as 1,500, 600 and 1,800 steps take
+    dense: int | None = None
+    prune: int | None = None
+    tune: int | None = None
+    #: images per step; chosen: 128, of few images less, so that an epoch has 100 steps, but 32 at least
+    batch: int | None = None
     #: optimiser of the weights (the gates have their own): sgd (Nesterov .9), adamw, or adam (decay in the gradient)
     optimizer: Literal["sgd", "adamw", "adam"] = "sgd"
-    #: peak learning rates per phase
-    lr_dense: float = 0.1
-    lr_prune: float = 0.02
-    lr_tune: float = 0.02
+    #: peak learning rates per phase; chosen: 0.1, 0.02 and 0.05 for a batch of 128, by its root for others
+    lr_dense: float | None = None
+    lr_prune: float | None = None
+    lr_tune: float | None = None
     weight_decay: float = 5e-4
     #: learning-rate schedule: onecycle, cosine or constant; `tune` divides by ten for its last fifth under constant
     schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
@@ -69,9 +76,28 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raise InputError for numbers with which nothing can be trained."""
-        _at_least(self, 0, "dense", "prune", "tune", "weight_decay", "image_size", "workers", "threads", "ema")
-        _at_least(self, 1, "batch")
-        _above(self, 0, "lr_dense", "lr_prune", "lr_tune")
+        at_least(self, 0, "dense", "prune", "tune", "weight_decay", "image_size", "workers", "threads", "ema")
+        at_least(self, 1, "batch")
+        above(self, 0, "lr_dense", "lr_prune", "lr_tune")
+
+    def chosen(self, images: int) -> TrainConfig:
+        """Return the same with what is None chosen for a number of training images."""
+        batch = self.batch or next(n for n in (128, 64, 32) if images >= 100 * n or n == 32)
+        steps = max(1, images // batch)
+        epochs = {name: max(least, -(-total // steps)) for name, (least, total, _) in _SCHEDULE.items()}
+        rates = {f"lr_{name}": rate * (batch / 128) ** 0.5 for name, (_, _, rate) in _SCHEDULE.items()}
+        found = {"batch": batch, **epochs, **rates}
+        return dataclasses.replace(self, **{k: v for k, v in found.items() if getattr(self, k) is None})
+
+    def rate(self, phase: str) -> float:
+        """Return the peak learning rate of a phase, once it is chosen."""
+        rate: float | None = getattr(self, f"lr_{phase}")
+        assert rate is not None, "train() has chosen it"
+        return rate
+
+
+#: phase -> epochs and steps at least, and the peak learning rate for a batch of 128, where they are chosen
+_SCHEDULE = {"dense": (20, 1500, 0.1), "prune": (8, 600, 0.02), "tune": (24, 1800, 0.05)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,8 +109,8 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         """Raise InputError for a share below 0 or a temperature that is not positive."""
-        _at_least(self, 0, "alpha")
-        _above(self, 0, "temperature")
+        at_least(self, 0, "alpha")
+        above(self, 0, "temperature")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,14 +131,8 @@ class BarConfig:
     margin: float = 1e-4
     #: the barrier f is cut off here
     barrier_cap: float = 20.0
-    #: how gates move: balanced (ours) or adam (the paper's)
-    gate_optimizer: Literal["balanced", "adam"] = "balanced"
-    #: balanced: how far a gate goes over the whole schedule at one root mean square per step
-    gate_travel: float = 12.0
-    #: balanced: weight of the cost's direction per unit of the barrier f
-    gate_push: float = 0.25
-    #: balanced: no gate takes a step above this many root mean squares
-    gate_clip: float = 3.0
+    #: how gates move: closing (ours: without noise, the least important per cost first, as b(t) falls) or adam (paper)
+    gate_optimizer: Literal["closing", "adam"] = "closing"
     #: adam: learning rate
     gate_lr: float = 1e-3
     #: log alpha stays within plus and minus this
@@ -128,38 +148,19 @@ class BarConfig:
 
     def __post_init__(self) -> None:
         """Raise InputError for constants under which the barrier or the gates cannot work."""
-        _at_least(self, 0, "slack", "margin", "gate_push", "steepness")
-        _above(self, 0, "lambda_norm", "barrier_cap", "gate_travel", "gate_clip", "gate_lr", "gate_limit")
+        at_least(self, 0, "slack", "margin", "steepness")
+        at_least(self, 4, "gate_limit")
+        above(self, 0, "lambda_norm", "barrier_cap", "gate_lr")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RunConfig:
-    """One `prune` run: model, data, budget, method and all that training needs."""
+class MagnitudeConfig:
+    """What `--method magnitude` compares."""
 
-    model: str
-    data: str = "digits"
-    budget: str = "8x"
-    method: Literal["bar", "random"] = "bar"
-    preset: Literal["default", "paper"] = "default"
-    model_arg: tuple[str, ...] = ()
-    weights: str | None = None
-    teacher: str | None = None
-    #: latency table, for a budget in ms
-    table: str | None = None
-    task: str = "classification"
-    seed: int = 0
-    max_drop: float | None = None
-    #: layers that are not pruned (`head.*`) or keep at least so many channels (`stages.0.*=8`)
-    keep: tuple[str, ...] = ()
-    #: widths end as multiples of this
-    round_to: int = 1
-    train: TrainConfig = TrainConfig()
-    distill: DistillConfig = DistillConfig()
-    bar: BarConfig = BarConfig()
-
-    def __post_init__(self) -> None:
-        """Raise InputError for widths that are multiples of nothing."""
-        _at_least(self, 1, "round_to")
+    #: mean of the absolute weights of a filter, or root of the mean of their squares
+    norm: Literal["l1", "l2"] = "l1"
+    #: within each layer, which all shrink by one ratio; or all filters of the network with each other
+    scope: Literal["layer", "global"] = "layer"
 
 
 #: what a preset changes in the defaults. paper: Lemaire et al. 2019, section 5.1 and supplement 3, on CIFAR;
@@ -190,17 +191,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_config(values: Mapping[str, Any]) -> RunConfig:
-    """Build a RunConfig from nested TOML data over its preset over the defaults.
-
-    Raises InputError for an unknown key, a wrong type, a value out of range or a missing model.
-    """
-    if "model" not in values:
-        raise InputError("a model: --model SPEC, or `model` in the TOML file", got="none", remedy="name one")
-    preset = PRESETS.get(str(values.get("preset", "default")), {})
-    return typing.cast(RunConfig, _build(RunConfig, overlay(preset, values), ""))
-
-
 def overlay(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Return nested data in which the values of `over` win."""
     merged = dict(under)
@@ -214,13 +204,13 @@ def overlay(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file; raises InputError if it is missing or malformed."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError("a readable TOML file", got=f"{path.name}: {error}") from error
 
 
-def to_toml(config: RunConfig) -> str:
-    """Write a resolved configuration as TOML that `run_config` reads back to an equal record."""
+def to_toml(config: Any) -> str:
+    """Write a request as TOML that reads back to an equal record."""
     lines: list[str] = []
     tables: list[str] = []
     for field in dataclasses.fields(config):
@@ -245,7 +235,8 @@ def _toml(value: object) -> str:
     return repr(value)
 
 
-def _build(kind: type, values: Mapping[str, Any], where: str) -> object:
+def build(kind: type, values: Mapping[str, Any], where: str) -> object:
+    """Return a record of nested data; raises InputError for an unknown name or a value of another type."""
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:
@@ -260,7 +251,7 @@ def _build(kind: type, values: Mapping[str, Any], where: str) -> object:
 def _value(hint: Any, value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if isinstance(value, Mapping):
-            return _build(hint, value, f"{name}.")
+            return build(hint, value, f"{name}.")
         raise _wrong(name, "a table", value)
     if typing.get_origin(hint) is Literal:
         if value in typing.get_args(hint):

@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bar_edge.config import BarConfig, RunConfig, TrainConfig
+from bar_edge.config import BarConfig, TrainConfig
 from bar_edge.data.readers import read_digits
 from bar_edge.files import read_json, write_json
 from bar_edge.pipeline import prune
+from bar_edge.requests import PruneRequest
 
 SIZE, DIGIT, STRIDE = 32, 8, 4
 GRID = SIZE // STRIDE
@@ -257,16 +258,16 @@ TRAINING = TrainConfig(dense=8, prune=20, tune=14, batch=16, lr_tune=0.05, threa
 #: the final budget comes near in even steps: at the default, half of the gates close within a tenth of the schedule
 BAR = BarConfig(transition="linear")
 RUNS = {
-    "segmentation": RunConfig(
+    "segmentation": PruneRequest(
         model=f"{HERE}:UNet", data=f"{HERE}:masks", task="segmentation", budget="4x", train=TRAINING, bar=BAR
     ),
-    "detection": RunConfig(
+    "detection": PruneRequest(
         model=f"{HERE}:Detector", data=f"{HERE}:grids", task=f"{HERE}:Detection", budget="4x", train=TRAINING, bar=BAR
     ),
 }
 
 
-def figures(config: RunConfig, folder: Path) -> dict[str, Any]:
+def figures(config: PruneRequest, folder: Path) -> dict[str, Any]:
     """Prune by the ordinary path; return what the result says in a few numbers."""
     start = time.perf_counter(), time.process_time()
     result = prune(config, folder)

@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from bar_edge.config import RunConfig, TrainConfig
+from bar_edge.config import TrainConfig
 from bar_edge.data import DataSource, load_data
 from bar_edge.files import write_json
 from bar_edge.network import Network
 from bar_edge.pipeline import prune
 from bar_edge.progress import NoProgress, Record
+from bar_edge.requests import PruneRequest
 
 #: what later work measures on, copied from every finished run
 KEPT_FILES = ("plan.json", "result.json", "config.toml", "network/network.json", "network/weights.safetensors")
@@ -41,20 +42,20 @@ class Lines(NoProgress):
         print(" ".join(f"{k}={record[k]}" for k in keys if record[k] is not None), flush=True)
 
 
-def arm_config(options: argparse.Namespace, dense: Path) -> RunConfig:
+def arm_config(options: argparse.Namespace, dense: Path) -> PruneRequest:
     """Return the run of one arm."""
     epochs = {"dense": options.epochs[0], "prune": options.epochs[1], "tune": options.epochs[2]}
     common: dict[str, Any] = {"model": options.model, "data": str(options.data), "seed": options.seed}
     if options.arm == "dense":
         train = TrainConfig(**(epochs | {"prune": 0, "tune": 0}), threads=options.threads)
-        return RunConfig(**common, budget="1x", method="random", train=train)
+        return PruneRequest(**common, budget="1x", method="random", train=train)
     train = TrainConfig(**epochs, threads=options.threads)
     if options.arm == "uniform":
         width = (f"width={1 / options.factor}",)
-        return RunConfig(
+        return PruneRequest(
             **common, budget="1x", method="random", model_arg=width, teacher=str(dense / "dense"), train=train
         )
-    return RunConfig(
+    return PruneRequest(
         **common, budget=f"{options.factor:g}x", method=options.arm, weights=str(dense / "dense"), train=train
     )
 

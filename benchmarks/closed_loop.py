@@ -20,7 +20,7 @@ from typing import Any
 
 from bar_edge.bench import bench_onnx
 from bar_edge.bench.statistics import median_ms
-from bar_edge.config import RunConfig, TrainConfig
+from bar_edge.config import TrainConfig
 from bar_edge.files import read_json, write_json
 from bar_edge.latency_budget.measured_loop import correct
 from bar_edge.methods import GateLayout, smallest_cost
@@ -28,8 +28,9 @@ from bar_edge.pipeline import deploy, export_run, profile, prune
 from bar_edge.progress import NoProgress
 from bar_edge.records import ChannelPlan
 from bar_edge.records.latency_table import LatencyTable
+from bar_edge.requests import BenchRequest, DeployRequest, ExportRequest, PruneRequest
 from bar_edge.runs.run_folder import Run
-from bar_edge.runs.specs import read_data, read_network
+from bar_edge.runs.specs import read_data, read_material, read_network
 
 RESULTS = Path(__file__).parent / "results" / "closed_loop.json"
 #: budgets, as shares of the dense network's latency, and which of them are compared
@@ -64,7 +65,7 @@ class Bed:
         self.seconds: float = options.seconds
         self.size = {"image_size": options.image_size, "threads": 1, "device": "cpu"}
         train = TrainConfig(dense=self.epochs[0], prune=0, tune=0, **self.size)
-        config = RunConfig(**self.common, budget="1x", method="random", train=train)
+        config = PruneRequest(**self.common, budget="1x", method="random", train=train)
         self.dense = prune(config, self.work / "dense", resume=True)["dense"]
         source = read_data(config)
         self.table = self.work / "table.json"
@@ -75,10 +76,10 @@ class Bed:
         layout = GateLayout(network, table=table)
         self.lowering, self.full_ms, self.least_ms = table.lowering, layout.cost({}, "ms"), smallest_cost(layout, "ms")
 
-    def config(self, budget: str, table: str | None = None) -> RunConfig:
+    def config(self, budget: str, table: str | None = None) -> PruneRequest:
         """Return a run on the dense network."""
         train = TrainConfig(dense=0, prune=self.epochs[1], tune=self.epochs[2], **self.size)
-        return RunConfig(
+        return PruneRequest(
             **self.common, budget=budget, table=table, weights=str(self.work / "dense" / "dense"), train=train
         )
 
@@ -86,7 +87,13 @@ class Bed:
         """Deploy with a budget in ms."""
         budget = round(share * self.full_ms, 3)
         out = self.work / f"ms-{budget:g}"
-        answer = deploy(self.config(f"{budget:g}ms", str(self.table)), out, resume=True, seconds=self.seconds)
+        answer = deploy(
+            DeployRequest(
+                prune=self.config(f"{budget:g}ms", str(self.table)), bench=BenchRequest(seconds=self.seconds)
+            ),
+            out,
+            resume=True,
+        )
         found = answer["prune"]["budget"]
         return {
             "share": share,
@@ -126,7 +133,7 @@ class Bed:
 
     def measured(self, out: Path, row: dict[str, Any]) -> float:
         """Export a run in the table's form; return its latency in ms, measured in turn with the latency-trained one."""
-        exported = export_run(out, lowering=self.lowering)
+        exported = export_run(out, ExportRequest(lowering=self.lowering))
         files = [Path(exported["artifact"]), self.work / f"ms-{row['budget_ms']:g}" / "artifacts" / "onnx-fp32"]
         pairs = [bench_onnx(files, seconds=self.seconds) for _ in range(3)]
         return row["achieved"] * sorted(median_ms(own) / median_ms(other) for own, other in pairs)[1]
@@ -138,11 +145,12 @@ class Bed:
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(self.work / f"{metric}-{trained['factor']:g}", out)
         (out / "config.toml").unlink()
-        run = Run(self.config(f"{row['budget_ms']:g}ms", str(self.table)), out, True, NoProgress())
+        config = self.config(f"{row['budget_ms']:g}ms", str(self.table))
+        run = Run(config, read_material(config), out, resume=True, progress=NoProgress())
         plan = ChannelPlan.from_json(read_json(out / "plan.json"))
         limit = run.layout.cost(plan.kept, "ms") * aim / trained["ms"]
         while len(cuts) < CUTS and not any(_apart(one, aim) <= NEAR for one in cuts):
-            correct(run, limit)
+            correct(run, run.dense(), limit)
             found = {"factor": trained["factor"], "cut": True, "limit": limit, "ms": self.measured(out, row)}
             cuts.append({**found, **self.costs(read_json(out / "result.json"))})
             limit = min(max(limit * aim / found["ms"], self.least_ms), self.full_ms)

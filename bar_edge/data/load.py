@@ -87,6 +87,16 @@ def load_data(
     )
 
 
+def check_data(spec: str) -> None:
+    """Raise InputError unless `load_data` knows the kind of SPEC; nothing is read and no code is imported."""
+    kinds = spec == "digits" or (spec and Path(spec).is_dir()) or spec.startswith("hf:")
+    if not kinds and not all(spec.rpartition(":")[::2]):
+        raise _unknown(spec)
+    where = spec.rpartition(":")[0]
+    if not kinds and where.endswith(".py") and not Path(where).is_file():
+        raise InputError("a file with the data set's factory", got=f"no file {Path(where).name}")
+
+
 def _read(spec: str) -> tuple[Raw, str]:
     # the name goes into results and reports, which hold no path
     if spec == "digits":
@@ -98,7 +108,11 @@ def _read(spec: str) -> tuple[Raw, str]:
         return read_hub(name), f"hf:{Path(name).name}" if Path(name).is_dir() else spec
     if ":" in spec:
         return read_user(spec), Path(spec).name
-    raise InputError(
+    raise _unknown(spec)
+
+
+def _unknown(spec: str) -> InputError:
+    return InputError(
         "data: digits, a folder, hf:NAME, or package.module:factory",
         got=f"{spec!r}, which is no folder either",
         consequence="nothing was started",

@@ -6,6 +6,7 @@ import difflib
 import functools
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,6 +56,23 @@ def build(spec: str, *, input_shape: Shape, classes: int, model_args: tuple[str,
     return _from_zoo(spec, input_shape, classes, arguments)
 
 
+def check_model(spec: str, model_args: tuple[str, ...] = ()) -> None:
+    """Raise InputError unless `build` knows the kind of SPEC, and the name if it is the zoo's; nothing is imported."""
+    arguments = parse_arguments(model_args)
+    source, _, name = spec.partition(":")
+    if (source in _HUBS and not name) or (":" in spec and not spec.rpartition(":")[2]):
+        raise InputError(f"a name behind {source}:", got=repr(spec), consequence="nothing was started")
+    if source in _HUBS:
+        return
+    where = spec.rpartition(":")[0]
+    if ":" not in spec:
+        _zoo_factory(spec, arguments)
+    elif where.endswith(".py") and not Path(where).is_file():
+        raise InputError(
+            "a file with the model's factory", got=f"no file {Path(where).name}", remedy="correct the path"
+        )
+
+
 def parse_arguments(texts: tuple[str, ...]) -> dict[str, int | float | bool | str]:
     """Read `key=value` texts; a value becomes an int, float or bool where it reads as one, else a str."""
     arguments: dict[str, int | float | bool | str] = {}
@@ -77,7 +95,8 @@ def _parse_value(text: str) -> int | float | bool | str:
     return text
 
 
-def _from_zoo(name: str, input_shape: Shape, classes: int, arguments: dict[str, Any]) -> nn.Module:
+def _zoo_factory(name: str, arguments: dict[str, Any]) -> tuple[Callable[..., nn.Module], float]:
+    """Return what makes a network of the zoo, and its width; raises InputError for another name or argument."""
     wrn = _WRN.fullmatch(name)
     factory = functools.partial(wide_resnet, int(wrn[1]), int(wrn[2])) if wrn else ZOO.get(name)
     if factory is None:
@@ -89,17 +108,22 @@ def _from_zoo(name: str, input_shape: Shape, classes: int, arguments: dict[str, 
             consequence="nothing was started",
             remedy=f"closest name: {close[0]}",
         )
-    if len(input_shape) != 3:
-        raise InputError(
-            f"images CxHxW for {name}", got="x".join(map(str, input_shape)), remedy="--input 3x32x32, or another model"
-        )
-    width = arguments.pop("width", 1.0)
-    if arguments or isinstance(width, (bool, str)) or not 0 < width <= 64:
+    width = arguments.get("width", 1.0)
+    if arguments.keys() - {"width"} or isinstance(width, (bool, str)) or not 0 < width <= 64:
         raise InputError(
             f"{name} takes one argument: width=NUMBER, above 0 and at most 64",
             got=", ".join(f"{key}={value}" for key, value in {"width": width, **arguments}.items()),
         )
-    return factory(input_shape=input_shape, classes=classes, width=float(width))
+    return factory, float(width)
+
+
+def _from_zoo(name: str, input_shape: Shape, classes: int, arguments: dict[str, Any]) -> nn.Module:
+    factory, width = _zoo_factory(name, arguments)
+    if len(input_shape) != 3:
+        raise InputError(
+            f"images CxHxW for {name}", got="x".join(map(str, input_shape)), remedy="--input 3x32x32, or another model"
+        )
+    return factory(input_shape=input_shape, classes=classes, width=width)
 
 
 class Logits(nn.Module):

@@ -9,23 +9,47 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bar_edge.config import RunConfig
 from bar_edge.data import DataSource, load_data
 from bar_edge.errors import InputError
 from bar_edge.models import build, load_weights
 from bar_edge.network import Network, is_network_folder, trace
+from bar_edge.requests import PruneRequest
+from bar_edge.training import Task, load_task
 
 SAMPLE_IMAGES = 64
 
 
-def portable(config: RunConfig) -> RunConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Material:
+    """What a run works on: read, built and traced once."""
+
+    task: Task
+    data: DataSource
+    #: with the weights that were given, else with those of its making
+    network: Network
+
+
+def read_material(config: PruneRequest) -> Material:
+    """Import the task, read the data, and build and trace the model, in this order; seeds torch's generator."""
+    task, data = load_task(config.task), read_data(config)
+    torch.manual_seed(config.seed)
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    if config.weights:
+        network = with_weights(config.model, config.model_arg, data, Path(config.weights))
+    else:
+        network = read_network(config.model, config.model_arg, data.input_shape, len(data.classes))
+    return Material(task=task, data=data, network=network)
+
+
+def portable(config: PruneRequest) -> PruneRequest:
     """Return the configuration with paths relative to the working directory: none of this machine's is written down."""
     named = {name: getattr(config, name) for name in ("model", "data", "weights", "teacher", "table")}
     paths = {name: os.path.relpath(value) for name, value in named.items() if value and os.path.isabs(value)}
     return dataclasses.replace(config, **paths)
 
 
-def read_data(config: RunConfig) -> DataSource:
+def read_data(config: PruneRequest) -> DataSource:
     """Load the data of a run's configuration."""
     train = config.train
     return load_data(config.data, seed=config.seed, workers=train.workers, size=train.image_size or None)

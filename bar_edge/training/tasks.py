@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -106,6 +107,34 @@ class Segmentation:
 TASKS: dict[str, Callable[[], Task]] = {"classification": Classification, "segmentation": Segmentation}
 
 
+def check_task(spec: str) -> None:
+    """Raise InputError unless `load_task` knows the kind of name; no code is imported."""
+    if spec not in TASKS and not all(spec.rpartition(":")[::2]):
+        raise InputError(
+            f"a task: {', '.join(TASKS)} or package.module:Task",
+            got=repr(spec),
+            consequence="nothing was started",
+            remedy="correct the task's name",
+        )
+
+
+def late_task(spec: str) -> Task:
+    """Return the task that a spec names, whose code is imported only when something of it is first asked for."""
+    return cast(Task, _LateTask(spec))
+
+
+class _LateTask:
+    def __init__(self, spec: str) -> None:
+        self._spec = spec
+
+    @functools.cached_property
+    def _task(self) -> Task:
+        return load_task(self._spec)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+
 def load_task(spec: str) -> Task:
     """Return the task that a name or `package.module:Task` (a class without arguments, or an object) names.
 
@@ -113,13 +142,7 @@ def load_task(spec: str) -> Task:
     """
     if spec in TASKS:
         return TASKS[spec]()
-    if ":" not in spec:
-        raise InputError(
-            f"a task: {', '.join(TASKS)} or package.module:Task",
-            got=repr(spec),
-            consequence="nothing was started",
-            remedy="correct the task's name",
-        )
+    check_task(spec)
     found = load_attribute(spec)
     try:
         task = found() if isinstance(found, type) else found

@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 
 from bar_edge.errors import InputError
+from bar_edge.records.verdict import keeps_metric
 from bar_edge_calibration.collect import Calibration, check_file, collect
 from bar_edge_calibration.equalise import equalise
 from bar_edge_calibration.graph import Graph, prepare
@@ -26,6 +27,8 @@ from bar_edge_calibration.recipe import Recipe
 SENSITIVITY_IMAGES = 256
 #: at most this share of the layers is left in float
 MAX_FLOAT_SHARE = 0.25
+#: bits of weights -> where the file computes what it means
+RIGHT_ON = {7: "every processor", 8: "processors that add products in 32 bits: x86 with VNNI or AMX, Arm, GPUs"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +115,7 @@ def quantize(
             "seed": calibration.seed,
             "onnx_sha256": calibration.onnx_sha256,
         },
+        "right_on": RIGHT_ON[recipe.weight_bits],
         "settings": found.to_json(),
         "score": ladder.verdict(promise),
         "rungs": ladder.rungs,
@@ -146,8 +150,6 @@ class _Ladder:
         if promise is None:
             return self.best
         self.reference = promise.score(self.source)
-        limit = self.reference - promise.max_drop / 100
-        # where scores are shares of n images, limit is one of them but for the last bit
         tried = set[Settings]()
         for rung, settings in self._proposals(promise.finetune):
             if settings in tried:
@@ -161,7 +163,7 @@ class _Ladder:
             self.rungs.append({"rung": rung, "change": change, "score": score, "kept": kept})
             if kept:
                 self.best, self.best_score = settings, score
-            if self.best_score >= limit - 1e-9:
+            if keeps_metric(100 * (self.reference - self.best_score), promise.max_drop):
                 break
         return self.best
 
@@ -174,7 +176,7 @@ class _Ladder:
             "int8": self.best_score,
             "drop_points": drop,
             "max_drop": promise.max_drop,
-            "within": drop <= promise.max_drop + 1e-7,
+            "within": keeps_metric(drop, promise.max_drop),
         }
 
     def write(self, settings: Settings) -> None:
@@ -267,8 +269,9 @@ def _first(batches: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
 
 
 def _outputs(model: onnx.ModelProto, batches: list[np.ndarray]) -> list[np.ndarray]:
-    """Return a model's outputs in float64, over all batches."""
+    """Return what a model means, in float64, over all batches: no integers are multiplied."""
     options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads, options.inter_op_num_threads = 1, 1
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

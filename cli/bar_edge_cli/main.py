@@ -17,6 +17,8 @@ from bar_edge.errors import BarEdgeError
 from bar_edge_cli.commands import app
 
 INTERRUPTED = 130
+#: an error of ours (EX_SOFTWARE)
+BUG = 70
 #: errors of the file system that a user can mend; any other OSError is a bug of ours
 _USERS_OSERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
 
@@ -27,7 +29,10 @@ def run() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command and return its exit code: 0 yes, 1 no (the verdict), 2 input, 3 environment, 130 interrupted."""
+    """Run one command and return its exit code: 0 yes, 1 no (the verdict), 2 input, 3 environment, 70 a bug.
+
+    130 is an interruption.
+    """
     # read here and not from the parser, so that they also hold for what goes wrong while parsing
     as_json, debug = "--json" in argv, "--debug" in argv
     with _own_stdout(as_json) as out:
@@ -74,7 +79,7 @@ def _explain(error: Exception) -> tuple[int, dict[str, str]]:
     if isinstance(error, MemoryError):
         return 3, {"required": "enough memory", "got": str(error) or "MemoryError", "remedy": "use a smaller --batch"}
     bug = f"{type(error).__name__}: {error}"
-    return 2, {"bug in bar-edge": bug, "remedy": "run again with --debug and report what it prints"}
+    return BUG, {"bug in bar-edge": bug, "remedy": "run again with --debug and report what it prints"}
 
 
 def _write(answer: dict[str, Any], out: TextIO) -> None:

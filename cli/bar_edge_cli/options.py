@@ -1,4 +1,4 @@
-"""From the command line to a RunConfig: command line over TOML over preset over defaults."""
+"""From the command line to a PruneRequest: command line over TOML over preset over defaults."""
 
 from __future__ import annotations
 
@@ -9,26 +9,38 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bar_edge.config import PHASES, RunConfig, overlay, read_toml, run_config
+from bar_edge.config import PHASES, overlay, read_toml
 from bar_edge.errors import InputError
 from bar_edge.records import Budget
+from bar_edge.requests import PruneRequest, check_trusted, prune_request
 
 
-def resolve(config_file: Path | None, given: Mapping[str, Any], assignments: Iterable[str] = ()) -> RunConfig:
-    """Build the run's configuration.
+def resolve(
+    config_file: Path | None, given: Mapping[str, Any], assignments: Iterable[str] = (), *, trust: bool = False
+) -> PruneRequest:
+    """Build the run's request.
 
     given: nested values of the first-class options, None where the user said nothing; assignments:
-    `--set` texts, which win over them. Raises InputError for an unknown name, a wrong type or a missing model.
+    `--set` texts, which win over them. trust: whether the code that a stored run names may be imported. Raises
+    InputError for an unknown name, a wrong type, a missing model, or code of a stored run that is not trusted.
     """
     typed = _said(given)
     for text in assignments:
         typed = overlay(typed, assignment(text))
-    return run_config(overlay(read_toml(config_file) if config_file else {}, typed))
+    stored = read_toml(config_file) if config_file else {}
+    if config_file and not trust and is_stored_run(config_file.parent):
+        check_trusted(stored, typed)
+    return prune_request(overlay(stored, typed))
+
+
+def is_stored_run(folder: Path) -> bool:
+    """Tell whether a folder is a RUN, whose config.toml is data like the rest of it."""
+    return any((folder / name).exists() for name in ("result.json", "plan.json", "checkpoints", "dense", "network"))
 
 
 def given(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Pick the run's options out of a command's parameters, nested as in TOML; None where the user said nothing."""
-    run = {f.name for f in dataclasses.fields(RunConfig)} & parameters.keys()
+    run = {f.name for f in dataclasses.fields(PruneRequest)} & parameters.keys()
     train = epochs(parameters["epochs"]) | {name: parameters[name] for name in ("batch", "device")}
     return {name: parameters[name] for name in run} | {"train": train}
 
@@ -37,7 +49,7 @@ def split_budgets(texts: Iterable[str]) -> tuple[str | None, str | None]:
     """Tell the budget to train for from the one in ms to judge by; raises InputError for two of a kind."""
     found: dict[bool, str] = {}
     for text in texts:
-        in_ms = Budget.parse(text).metric == "ms"
+        in_ms = Budget.parse(text).cost.of_device
         if in_ms in found:
             raise InputError(
                 "at most one --budget to train for and one in ms to judge by", got=f"{found[in_ms]} and {text}"
@@ -86,7 +98,7 @@ def assignment(text: str) -> dict[str, Any]:
 
 def settable() -> list[str]:
     """List every field of the configuration's tables with its default, as `--set` takes it."""
-    defaults = dataclasses.asdict(RunConfig(model=""))
+    defaults = dataclasses.asdict(PruneRequest(model=""))
     found = [
         (f"{table}.{name}", value) for table, v in defaults.items() if isinstance(v, dict) for name, value in v.items()
     ]

@@ -9,11 +9,14 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
@@ -36,9 +39,17 @@ from bar_edge.bench import (
 from bar_edge.bench.runner import BURST, MIN_RUNS, UNTIMED, interleave, read_safetensors, warm_up
 from bar_edge.errors import EnvironmentLacks, InputError
 from bar_edge.records import Budget
+from bar_edge.requests import BenchRequest
 from tests.targets.tensorrt_surface import download
 
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
+
+
+def bf16_or_no() -> AbstractContextManager[object]:
+    """Expect that OpenVINO computes in bf16, or that it is said where this processor has none."""
+    if torch.cpu._is_avx512_bf16_supported():
+        return nullcontext()
+    return pytest.raises(EnvironmentLacks, match="a CPU that OpenVINO computes bf16 on")
 
 
 def relu_file(path: Path, shape: tuple[str | int, ...] = ("batch", 3, 4, 4), dtype: int = TensorProto.FLOAT) -> Path:
@@ -115,8 +126,9 @@ def test_openvino(tmp_path: Path) -> None:
     a, b = bench_onnx(files, runtime="openvino-cpu", threads=2, batch=3, seconds=0.05)
     assert len(a.samples_ms) == len(b.samples_ms) >= MIN_RUNS
     assert (a.environment["runtime"], a.environment["precision"]) == ("openvino-cpu", "fp32")
-    (half,) = bench_onnx(files[:1], runtime="openvino-cpu", precision="bf16", seconds=0.05)
-    assert save_measurement(files[0], half).name == "bench-openvino-cpu-bf16-t1-b1.json"
+    with bf16_or_no():
+        (half,) = bench_onnx(files[:1], runtime="openvino-cpu", precision="bf16", seconds=0.05)
+        assert save_measurement(files[0], half).name == "bench-openvino-cpu-bf16-t1-b1.json"
     (tmp_path / "bad.onnx").write_bytes(b"rubbish")
     with pytest.raises(InputError, match=r"bad\.onnx"):
         bench_onnx([tmp_path / "bad.onnx"], runtime="openvino-cpu")
@@ -344,20 +356,43 @@ def test_outputs_are_compared_with_those_that_the_artifact_carries(runtime: str,
 
 
 def test_fast_but_wrong_is_no(tmp_path: Path) -> None:
-    assert pipeline.bench(artifact(tmp_path / "right"), seconds=0.02)["verdict"] is None
-    assert pipeline.bench(artifact(tmp_path / "uint8", dtype=TensorProto.UINT8), seconds=0.02)["parity"]["error"] == 0
-    wrong = pipeline.bench(artifact(tmp_path / "wrong", off=1.0), seconds=0.02, budget="1000ms")
+    assert pipeline.bench(artifact(tmp_path / "right"), BenchRequest(seconds=0.02))["verdict"] is None
+    assert (
+        pipeline.bench(artifact(tmp_path / "uint8", dtype=TensorProto.UINT8), BenchRequest(seconds=0.02))["parity"][
+            "error"
+        ]
+        == 0
+    )
+    wrong = pipeline.bench(artifact(tmp_path / "wrong", off=1.0), BenchRequest(seconds=0.02, budget="1000ms"))
     assert wrong["verdict"] is False and wrong["budget"]["within"] and not wrong["parity"]["within"]
-    nan = pipeline.bench(artifact(tmp_path / "nan", off=float("nan")), seconds=0.02)
+    nan = pipeline.bench(artifact(tmp_path / "nan", off=float("nan")), BenchRequest(seconds=0.02))
     assert nan["verdict"] is False
+
+
+@pytest.mark.parametrize(("used", "right"), [("<Type: 'float32'>", False), ("<Type: 'bfloat16'>", True)])
+def test_bf16_that_openvino_does_not_compute_in_is_said(
+    monkeypatch: pytest.MonkeyPatch, used: str, right: bool
+) -> None:
+    """It takes the hint on every CPU, and follows it on those that have bf16."""
+    request = SimpleNamespace(infer=None)
+    compiled = SimpleNamespace(get_property=lambda name: used, create_infer_request=lambda: request)
+    model = SimpleNamespace(inputs=[], reshape=lambda shapes: None)
+    core = SimpleNamespace(read_model=lambda path: model, compile_model=lambda *_: compiled)
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core, __version__="0"))
+    for precision in ("fp32", "bf16"):
+        settings = runner.Settings(1, 1, precision, alone=True)
+        refused = pytest.raises(runner.Problem, match="a CPU that OpenVINO computes bf16 on")
+        with nullcontext() if right or precision == "fp32" else refused:
+            assert runner.load_openvino_cpu(Path("a.onnx"), "a.onnx", settings).version == "0"
 
 
 @needs_openvino
 def test_bf16_may_be_further_off(tmp_path: Path) -> None:
     off = artifact(tmp_path / "off", off=0.01)
-    for precision, within in (("fp32", False), ("bf16", True)):
-        (found,) = bench_onnx([off], runtime="openvino-cpu", precision=precision, seconds=0.02)
-        assert found.parity is not None and found.parity["within"] is within
+    for precision, within, expected in (("fp32", False, nullcontext()), ("bf16", True, bf16_or_no())):
+        with expected:
+            (found,) = bench_onnx([off], runtime="openvino-cpu", precision=precision, seconds=0.02)
+            assert found.parity is not None and found.parity["within"] is within
 
 
 def test_samples_that_cannot_be_read(tmp_path: Path) -> None:
@@ -408,16 +443,16 @@ def test_an_older_measurement_is_compared_with_only_if_device_settings_and_versi
     tmp_path: Path,
 ) -> None:
     file = relu_file(tmp_path / "a.onnx")
-    answer = pipeline.bench(file, seconds=0.02)
+    answer = pipeline.bench(file, BenchRequest(seconds=0.02))
     older = tmp_path / answer["file"]
-    again = pipeline.bench(relu_file(tmp_path / "b.onnx"), seconds=0.02, against=older)
+    again = pipeline.bench(relu_file(tmp_path / "b.onnx"), BenchRequest(seconds=0.02, against=older))
     assert again["comparison"]["against"] == "a.onnx" and again["comparison"]["interleaved"] is False
     data = json.loads(older.read_text())
     for name, other in (("power_mode", "MAXN"), ("cpu", "another"), ("runtime_version", "1.0"), ("threads", 7)):
         changed = {**data, "environment": {**data["environment"], name: other}}
         (tmp_path / "other.json").write_text(json.dumps(changed))
         with pytest.raises(EnvironmentLacks, match=f"{name.replace('_', ' ')} .*{other} there"):
-            pipeline.bench(file, seconds=0.02, against=tmp_path / "other.json")
+            pipeline.bench(file, BenchRequest(seconds=0.02, against=tmp_path / "other.json"))
     (tmp_path / "other.json").write_text('{"schema": 2}')
     with pytest.raises(InputError, match="schema 2"):
         load_measurement(tmp_path / "other.json")

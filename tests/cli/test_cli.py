@@ -1,5 +1,6 @@
 """The command line: options reach the pipeline, answers and errors reach the person, exit codes keep the contract."""
 
+import inspect
 import io
 import json
 import os
@@ -8,12 +9,15 @@ import types
 from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
 
 import bar_edge
-from bar_edge.config import PRESETS, RunConfig, to_toml
+from bar_edge.config import PRESETS, TrainConfig, to_toml
 from bar_edge.errors import EnvironmentLacks, InputError
+from bar_edge.requests import BenchRequest, DeployRequest, ExportRequest, PruneRequest, fields
 from bar_edge_cli import options, show
+from bar_edge_cli.commands import app
 from bar_edge_cli.main import main
 from bar_edge_cli.progress import Terminal
 
@@ -59,8 +63,9 @@ def pipeline(monkeypatch):
     return fake
 
 
-def configuration(pipeline) -> RunConfig:
-    return pipeline.calls[-1][1][0]
+def configuration(pipeline) -> PruneRequest:
+    request = pipeline.calls[-1][1][0]
+    return request.prune if isinstance(request, DeployRequest) else request
 
 
 # ------------------------------------------------------------------------------------------- options
@@ -79,7 +84,7 @@ def test_every_option_of_prune_arrives(pipeline, tmp_path):
     train = config.train
     assert (train.dense, train.prune, train.tune, train.batch, train.device) == (
         1,
-        RunConfig(model="").train.prune,
+        PruneRequest(model="").train.prune,
         3,
         7,
         "cpu",
@@ -89,7 +94,7 @@ def test_every_option_of_prune_arrives(pipeline, tmp_path):
 
 def test_without_options_the_defaults_hold(pipeline, tmp_path):
     assert main(["prune", "--model", "resnet20", "--out", str(tmp_path / "run")]) == 0
-    assert configuration(pipeline) == RunConfig(model="resnet20")
+    assert configuration(pipeline) == PruneRequest(model="resnet20")
     assert pipeline.calls[0][2]["resume"] is False
 
 
@@ -165,7 +170,7 @@ def test_shape():
 def test_two_budgets_are_told_apart(pipeline, tmp_path):
     command = ["deploy", "--model", "resnet20", "--out", str(tmp_path)]
     assert main([*command, "--budget", "8ms", "--budget", "16x"]) == 0
-    assert configuration(pipeline).budget == "16x" and pipeline.calls[0][2]["latency_budget"] == "8ms"
+    assert configuration(pipeline).budget == "16x" and pipeline.calls[0][1][0].bench.budget == "8ms"
     assert main([*command, "--budget", "8x", "--budget", "16x"]) == 2
     assert main([*command, "--budget", "8ms", "--budget", "9ms"]) == 2
     assert len(pipeline.calls) == 1
@@ -174,27 +179,48 @@ def test_two_budgets_are_told_apart(pipeline, tmp_path):
 def test_a_budget_in_ms_alone_is_what_is_trained_for(pipeline, tmp_path):
     assert main(["deploy", "--model", "resnet20", "--budget", "8ms", "--table", "t.json", "--out", str(tmp_path)]) == 0
     assert (configuration(pipeline).budget, configuration(pipeline).table) == ("8ms", "t.json")
-    assert pipeline.calls[0][2]["latency_budget"] is None
+    assert pipeline.calls[0][1][0].bench.budget is None
 
 
 def test_deploy_reads_a_file_and_hands_on_the_rest(pipeline, tmp_path):
     file = tmp_path / "config.toml"
-    file.write_text(to_toml(RunConfig(model="vgg16", budget="4x")))
+    file.write_text(to_toml(PruneRequest(model="vgg16", budget="4x")))
     out = str(tmp_path / "run")
     assert main(["deploy", str(file), "--lowering", "paper", "--threads", "2", "--seconds", "1", "--out", out]) == 0
-    assert configuration(pipeline) == RunConfig(model="vgg16", budget="4x")
-    rest = {k: v for k, v in pipeline.calls[0][2].items() if k != "progress"}
-    assert rest == {
-        "resume": False,
-        "target": "onnx",
-        "precision": "fp32",
-        "lowering": "paper",
-        "with_preprocessing": False,
-        "runtime": None,
-        "threads": 2,
-        "seconds": 1.0,
-        "latency_budget": None,
-    }
+    assert configuration(pipeline) == PruneRequest(model="vgg16", budget="4x")
+    request = pipeline.calls[0][1][0]
+    assert request.export == ExportRequest(lowering="paper", threads=2)
+    assert request.bench == BenchRequest(threads=2, seconds=1.0)
+    assert pipeline.calls[0][2]["resume"] is False
+
+
+def test_deploy_has_every_option_of_prune_export_and_bench(pipeline, tmp_path):
+    said = "--model m --target trt --precision int8 --recipe tensorrt --engine batch=4 --on ssh://board --max-drop 1"
+    said += " --choice-seconds 5 --bench-batch 4 --batch 32 --runtime tensorrt --against old.json --with-preprocessing"
+    assert main(["deploy", *said.split(), "--out", str(tmp_path)]) == 0
+    request = pipeline.calls[0][1][0]
+    assert request.prune == PruneRequest(model="m", max_drop=1.0, train=TrainConfig(batch=32))
+    assert request.export == ExportRequest(
+        target="trt",
+        precision="int8",
+        recipe="tensorrt",
+        engine=("batch=4",),
+        on="ssh://board",
+        max_drop=1.0,
+        choice_seconds=5.0,
+        runtime="tensorrt",
+        with_preprocessing=True,
+    )
+    assert request.bench == BenchRequest(batch=4, runtime="tensorrt", against=Path("old.json"), on="ssh://board")
+    shown = {parameter.name for parameter in typer.main.get_command(app).commands["deploy"].params}
+    asked = {*fields(PruneRequest), *fields(ExportRequest), *fields(BenchRequest)}
+    assert asked <= shown
+
+
+def test_only_an_engine_is_built_on_the_device(pipeline, tmp_path):
+    assert main(["deploy", "--model", "m", "--on", "ssh://board", "--out", str(tmp_path)]) == 0
+    request = pipeline.calls[0][1][0]
+    assert (request.export.on, request.bench.on) == ("local", "ssh://board")
 
 
 @pytest.mark.parametrize(
@@ -231,37 +257,17 @@ def test_deploy_reads_a_file_and_hands_on_the_rest(pipeline, tmp_path):
         (
             "export r --with-preprocessing --lowering regular --engine batch=4 --engine dla_core=0 --out o",
             "export_run",
-            (Path("r"),),
-            {
-                "target": "onnx",
-                "precision": "fp32",
-                "recipe": "auto",
-                "lowering": "regular",
-                "runtime": None,
-                "threads": 1,
-                "choice_seconds": 60.0,
-                "with_preprocessing": True,
-                "data": None,
-                "max_drop": None,
-                "on": "local",
-                "engine": ("batch=4", "dla_core=0"),
-                "out": Path("o"),
-            },
+            (Path("r"), ExportRequest(lowering="regular", with_preprocessing=True, engine=("batch=4", "dla_core=0"))),
+            {"out": Path("o"), "trust": False},
         ),
         (
             "bench a.onnx --threads 4 --batch 2 --seconds 0.5 --budget 8ms --against b.onnx --on ssh://board",
             "bench",
-            (Path("a.onnx"),),
-            {
-                "runtime": None,
-                "precision": None,
-                "threads": 4,
-                "batch": 2,
-                "seconds": 0.5,
-                "budget": "8ms",
-                "against": Path("b.onnx"),
-                "on": "ssh://board",
-            },
+            (
+                Path("a.onnx"),
+                BenchRequest(threads=4, batch=2, seconds=0.5, budget="8ms", against=Path("b.onnx"), on="ssh://board"),
+            ),
+            {},
         ),
         ("verify a", "verify", (Path("a"),), {}),
         ("doctor", "doctor", (), {}),
@@ -273,25 +279,19 @@ def test_other_commands_call_their_function(pipeline, command, name, args, kwarg
     assert called == [(name, args, kwargs)]
 
 
-def test_options_fit_the_real_pipeline():
+def test_options_fit_the_real_pipeline(pipeline, monkeypatch):
     """What the fake accepts, the real functions accept: every keyword that a command hands on is theirs."""
-    import ast
-    import inspect
-
-    import bar_edge_cli.commands as commands
+    monkeypatch.undo()
     from bar_edge import pipeline as real
 
-    calls = [
-        node
-        for node in ast.walk(ast.parse(inspect.getsource(commands)))
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and getattr(node.func.value, "id", "") == "pipeline"
-    ]
-    assert len(calls) == 9
-    for call in calls:
-        signature = inspect.signature(getattr(real, call.func.attr))
-        signature.bind(*call.args, **{keyword.arg: None for keyword in call.keywords})
+    commands = ["inspect --model m", "profile --model m --out t.json", "slice --model m --plan p --out o", "export r"]
+    commands += ["bench a", "verify a", "doctor", "prune --model m --out o", "deploy --model m --out o"]
+    monkeypatch.setattr(bar_edge, "pipeline", pipeline)
+    for command in commands:
+        assert main(command.split()) == 0
+    assert len(pipeline.calls) == len(commands)
+    for name, args, keywords in pipeline.calls:
+        inspect.signature(getattr(real, name)).bind(*args, **keywords)
 
 
 # --------------------------------------------------------------------------- answers and exit codes
@@ -320,8 +320,8 @@ def raising(error):
         (ModuleNotFoundError("No module named 'timm'", name="timm"), 3, "required: the Python package timm"),
         (PermissionError(13, "Permission denied", "x"), 2, "got: [Errno 13] Permission denied: 'x'"),
         (OSError(28, "No space left on device"), 2, "No space left on device"),
-        (ZeroDivisionError("division by zero"), 2, "bug in bar-edge: ZeroDivisionError: division by zero"),
-        (FileNotFoundError(2, "No such file"), 2, "bug in bar-edge: FileNotFoundError"),
+        (ZeroDivisionError("division by zero"), 70, "bug in bar-edge: ZeroDivisionError: division by zero"),
+        (FileNotFoundError(2, "No such file"), 70, "bug in bar-edge: FileNotFoundError"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
@@ -365,7 +365,7 @@ def test_json_is_one_object_whatever_libraries_print(pipeline, capfd):
 
 @pytest.mark.parametrize(
     ("argv", "error", "code"),
-    [(["doctor", "--json"], InputError("a", got="b"), 2), (["doctor", "--json"], ValueError("x"), 2)],
+    [(["doctor", "--json"], InputError("a", got="b"), 2), (["doctor", "--json"], ValueError("x"), 70)],
 )
 def test_an_error_with_json_is_one_object_too(pipeline, capfd, argv, error, code):
     pipeline.answer = raising(error)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bar_edge import pipeline
-from bar_edge.config import RunConfig, TrainConfig
+from bar_edge.bench import Measurement
+from bar_edge.config import TrainConfig
 from bar_edge.errors import InputError
 from bar_edge.files import read_json, write_json
 from bar_edge.latency_budget.measured_loop import ROUNDS
@@ -18,7 +19,11 @@ from bar_edge.methods import GateLayout
 from bar_edge.models import build
 from bar_edge.network import Network, count, trace
 from bar_edge.records import ChannelPlan
+from bar_edge.records.export_result import ExportResult
 from bar_edge.records.latency_table import LatencyTable
+from bar_edge.requests import BenchRequest, DeployRequest, ExportRequest, PruneRequest
+from bar_edge.runs.measure import Benched
+from bar_edge.runs.run_folder import Pruned
 from tests.latency_budget.test_latency import made_up
 
 
@@ -41,9 +46,10 @@ def read_plan(out: Path) -> ChannelPlan:
     return ChannelPlan.from_json(read_json(out / "plan.json"))
 
 
-def config(file: Path, budget_ms: float) -> RunConfig:
+def request(file: Path, budget_ms: float, lowering: str = "auto") -> DeployRequest:
     train = TrainConfig(dense=0, prune=0, tune=0, device="cpu")
-    return RunConfig(model="resnet20", budget=f"{budget_ms}ms", table=str(file), train=train)
+    pruning = PruneRequest(model="resnet20", budget=f"{budget_ms}ms", table=str(file), train=train)
+    return DeployRequest(prune=pruning, export=ExportRequest(lowering=lowering))
 
 
 class Device:
@@ -52,20 +58,23 @@ class Device:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, latency: Callable[[float], float]) -> None:
         self.latency, self.exported = latency, list[dict[str, Any]]()
         self.noise = itertools.cycle([1.0, 1.004, 0.997])
-        monkeypatch.setattr(pipeline, "export_run", self.export)
-        monkeypatch.setattr(pipeline, "bench", self.bench)
+        monkeypatch.setattr(pipeline, "export_network", self.export)
+        monkeypatch.setattr(pipeline, "measure", self.measure)
 
-    def export(self, run: Path, **options: Any) -> dict[str, Any]:
-        by_table = read_json(run / "result.json")["budget"]["achieved"]
-        self.exported.append({**options, "by_table": by_table})
-        artifact = run / "artifacts" / "onnx-fp32"
-        artifact.mkdir(parents=True, exist_ok=True)
-        write_json(artifact / "by_table.json", by_table)
-        return {"verdict": True, "bytes": 1, "artifact": str(artifact)}
+    def export(self, pruned: Pruned, request: ExportRequest, folder: Path, **_: Any) -> ExportResult:
+        by_table = pruned.result.budget.achieved
+        self.exported.append({"lowering": request.lowering, "by_table": by_table})
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "by_table.json", by_table)
+        return ExportResult(verdict=True, bytes=1, artifact=str(folder), parity={"sliced_vs_onnx": 0.0})
 
-    def bench(self, artifact: Path, **_: Any) -> dict[str, Any]:
+    def measure(self, artifact: Path, _: BenchRequest) -> Benched:
         ms = self.latency(read_json(artifact / "by_table.json")) * next(self.noise)
-        return {"verdict": None, "percentiles_ms": {"p50": ms}}
+        keys = ("on", "runtime", "precision", "threads")
+        measured = Measurement(
+            name="made up", samples_ms=(ms,) * 5, warmup_runs=0, batch=1, environment=dict.fromkeys(keys, "made up")
+        )
+        return Benched(measurement=measured, budget=None, comparison=None, file="bench.json")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +96,7 @@ def test_what_misses_or_wastes_the_budget_is_corrected(
     file, full = setting
     device = Device(monkeypatch, latency)
     budget, out = round(latency(0.5 * full), 3), tmp_path / "run"
-    answer = pipeline.deploy(config(file, budget), out)
+    answer = pipeline.deploy(request(file, budget), out)
     found = read_json(out / "result.json")["budget"]
     assert answer["verdict"]
     assert found["basis"] == "measured"
@@ -117,7 +126,7 @@ def test_a_worse_round_is_taken_back(
         return 0.8 * budget if ms <= first[0] else 1.5 * budget
 
     device = Device(monkeypatch, latency)
-    answer = pipeline.deploy(config(file, budget), tmp_path / "run")
+    answer = pipeline.deploy(request(file, budget), tmp_path / "run")
     assert answer["verdict"]
     assert 2 <= len(device.exported) <= 1 + ROUNDS
     assert answer["prune"]["budget"]["by_table"] == device.exported[0]["by_table"]
@@ -129,16 +138,16 @@ def test_a_stopped_loop_goes_on(setting: tuple[Path, float], tmp_path: Path, mon
     device = Device(monkeypatch, lambda ms: 0.5 * ms)
     export = device.export
 
-    def stopped(run: Path, **options: Any) -> dict[str, Any]:
+    def stopped(*args: Any, **options: Any) -> ExportResult:
         if device.exported:
             raise KeyboardInterrupt
-        return export(run, **options)
+        return export(*args, **options)
 
-    monkeypatch.setattr(pipeline, "export_run", stopped)
+    monkeypatch.setattr(pipeline, "export_network", stopped)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.deploy(config(file, budget), out)
-    monkeypatch.setattr(pipeline, "export_run", export)
-    answer = pipeline.deploy(config(file, budget), out, resume=True)
+        pipeline.deploy(request(file, budget), out)
+    monkeypatch.setattr(pipeline, "export_network", export)
+    answer = pipeline.deploy(request(file, budget), out, resume=True)
     assert answer["verdict"]
     assert len(device.exported) == len(answer["prune"]["budget"]["rounds_ms"])  # the first is not done again
     assert answer["prune"]["budget"]["achieved"] >= 0.9 * budget
@@ -152,7 +161,7 @@ def test_a_verdict_that_wastes_or_misses_the_budget_corrects_the_loop(
     file, full = setting
     budget, calls = round(0.5 * full, 3), itertools.count()
     device = Device(monkeypatch, lambda ms: 0.95 * ms if next(calls) < 3 else 0.95 * off * ms)
-    answer = pipeline.deploy(config(file, budget), tmp_path / "run")
+    answer = pipeline.deploy(request(file, budget), tmp_path / "run")
     found = answer["prune"]["budget"]
     assert answer["verdict"] and 0.9 * budget <= found["achieved"] <= budget
     assert len(device.exported) == len(found["rounds_ms"]) >= 2
@@ -164,7 +173,7 @@ def test_a_budget_above_the_dense_network_ends_with_it(
 ) -> None:
     file, full = setting
     device = Device(monkeypatch, lambda ms: 0.5 * ms)
-    answer = pipeline.deploy(config(file, round(0.9 * full, 3)), tmp_path / "run")
+    answer = pipeline.deploy(request(file, round(0.9 * full, 3)), tmp_path / "run")
     assert answer["verdict"]
     assert len(device.exported) == 2
     assert device.exported[1]["by_table"] == pytest.approx(full)
@@ -172,11 +181,11 @@ def test_a_budget_above_the_dense_network_ends_with_it(
 
 def test_a_table_of_another_lowering_is_refused(setting: tuple[Path, float], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="gather:4"):
-        pipeline.deploy(config(setting[0], setting[1]), tmp_path / "run", lowering="slices")
+        pipeline.deploy(request(setting[0], setting[1], lowering="slices"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_an_infeasible_budget_starts_nothing(setting: tuple[Path, float], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least"):
-        pipeline.deploy(config(setting[0], 0.0001), tmp_path / "run")
+        pipeline.deploy(request(setting[0], 0.0001), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -14,6 +14,7 @@ LAYERS = [
         "bar_edge.files",
         "bar_edge.records",
         "bar_edge.config",
+        "bar_edge.requests",
         "bar_edge.progress",
         "bar_edge.user_code",
         "bar_edge_kernels",
@@ -34,6 +35,9 @@ WITHIN_LAYER = {
     ("bar_edge.records", "bar_edge.errors"),
     ("bar_edge.records", "bar_edge.files"),
     ("bar_edge.config", "bar_edge.errors"),
+    ("bar_edge.requests", "bar_edge.config"),
+    ("bar_edge.requests", "bar_edge.errors"),
+    ("bar_edge.requests", "bar_edge.records"),
     ("bar_edge.user_code", "bar_edge.errors"),
     ("bar_edge.methods", "bar_edge.surgery"),  # `BAR.slice()`, the last of the five lines in a user's loop
 }

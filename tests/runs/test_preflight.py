@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from bar_edge.errors import InputError
 from bar_edge.methods import BAR, GateLayout
 from bar_edge.network import trace
+from bar_edge.network.modes import modes_apart
 from bar_edge.pipeline import export_run, inspect_model
-from bar_edge.runs.inspection import modes_apart, preflight
+from bar_edge.requests import ExportRequest
+from bar_edge.runs.inspection import preflight
 
 NETWORK = """
 import torch
@@ -147,4 +149,4 @@ def test_a_network_without_convolutions_is_refused() -> None:
 
 def test_export_refuses_unknown_targets(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="torch"):
-        export_run(tmp_path, target="nothing")
+        export_run(tmp_path, ExportRequest(target="nothing"))

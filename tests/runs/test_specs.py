@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from bar_edge.config import RunConfig
+from bar_edge.requests import PruneRequest
 from bar_edge.runs.specs import portable, shape_and_classes
 
 
 def test_no_absolute_path_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    config = RunConfig(model="resnet20", data=str(tmp_path / "images"), weights=str(tmp_path / "here" / "w.pt"))
-    assert portable(config) == RunConfig(model="resnet20", data="../images", weights="w.pt")
+    config = PruneRequest(model="resnet20", data=str(tmp_path / "images"), weights=str(tmp_path / "here" / "w.pt"))
+    assert portable(config) == PruneRequest(model="resnet20", data="../images", weights="w.pt")
     assert portable(portable(config)) == portable(config)
 
 
