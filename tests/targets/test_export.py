@@ -310,6 +310,25 @@ def test_wrong_normalisation_and_unwritable_place_are_refused(small: nn.Module, 
         export_onnx(nn.Conv2d(3, 2, 1), (3, 4, 4), tmp_path / "missing" / "x.onnx")
 
 
+class Several(nn.Module):
+    """Two or three inputs, convolved and added."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Conv2d(2 + i, 4, 3, padding=1) for i in range(number))
+
+    def forward(self, *images: Tensor) -> Tensor:
+        return torch.stack([part(x) for part, x in zip(self.parts, images, strict=True)]).sum(0)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_function_of_the_contract_takes_several_inputs(tmp_path: Path, number: int) -> None:
+    inputs = tuple(torch.randn(2, 2 + i, 8, 8) for i in range(number))
+    assert bar_edge.export(Several(number), inputs, tmp_path / "several.onnx") <= TOLERANCE
+    names = [value.name for value in onnx.load(tmp_path / "several.onnx").graph.input]
+    assert names == (["input"] if number == 1 else [f"input_{i}" for i in range(number)])
+
+
 def test_the_package_is_the_function_of_the_contract(
     small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
