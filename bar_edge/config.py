@@ -18,15 +18,17 @@ PHASES = ("dense", "prune", "tune")
 def at_least(config: Any, least: float, *names: str) -> None:
     """Raise InputError unless these fields are at least so large."""
     for name in names:
-        if not getattr(config, name) >= least:
-            raise _wrong(name, f"a number of at least {least:g}", getattr(config, name))
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise _wrong(name, f"a number of at least {least:g}", value)
 
 
 def above(config: Any, least: float, *names: str) -> None:
     """Raise InputError unless these fields are larger."""
     for name in names:
-        if not getattr(config, name) > least:
-            raise _wrong(name, f"a number above {least:g}", getattr(config, name))
+        value = getattr(config, name)
+        if value is not None and not value > least:
+            raise _wrong(name, f"a number above {least:g}", value)
 
 
 def _wrong(name: str, required: str, value: object) -> InputError:
@@ -37,20 +39,23 @@ def _wrong(name: str, required: str, value: object) -> InputError:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """How weights are trained; each phase (dense, prune, tune) uses the same fields."""
+    """How weights are trained; each phase (dense, prune, tune) uses the same fields.
 
-    #: epochs per phase
-    dense: int = 20
-    prune: int = 20
-    tune: int = 12
-    #: images per step
-    batch: int = 128
+    What is None is chosen by the number of training images (`chosen`).
+    """
+
+    #: epochs per phase; chosen: 20, 8 and 24, or as many as 1,500, 600 and 1,800 steps take
+    dense: int | None = None
+    prune: int | None = None
+    tune: int | None = None
+    #: images per step; chosen: 128, of few images less, so that an epoch has 100 steps, but 32 at least
+    batch: int | None = None
     #: optimiser of the weights (the gates have their own): sgd (Nesterov .9), adamw, or adam (decay in the gradient)
     optimizer: Literal["sgd", "adamw", "adam"] = "sgd"
-    #: peak learning rates per phase
-    lr_dense: float = 0.1
-    lr_prune: float = 0.02
-    lr_tune: float = 0.02
+    #: peak learning rates per phase; chosen: 0.1, 0.02 and 0.05 for a batch of 128, by its root for others
+    lr_dense: float | None = None
+    lr_prune: float | None = None
+    lr_tune: float | None = None
     weight_decay: float = 5e-4
     #: learning-rate schedule: onecycle, cosine or constant; `tune` divides by ten for its last fifth under constant
     schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
@@ -74,6 +79,25 @@ class TrainConfig:
         at_least(self, 0, "dense", "prune", "tune", "weight_decay", "image_size", "workers", "threads", "ema")
         at_least(self, 1, "batch")
         above(self, 0, "lr_dense", "lr_prune", "lr_tune")
+
+    def chosen(self, images: int) -> TrainConfig:
+        """Return the same with what is None chosen for a number of training images."""
+        batch = self.batch or next(n for n in (128, 64, 32) if images >= 100 * n or n == 32)
+        steps = max(1, images // batch)
+        epochs = {name: max(least, -(-total // steps)) for name, (least, total, _) in _SCHEDULE.items()}
+        rates = {f"lr_{name}": rate * (batch / 128) ** 0.5 for name, (_, _, rate) in _SCHEDULE.items()}
+        found = {"batch": batch, **epochs, **rates}
+        return dataclasses.replace(self, **{k: v for k, v in found.items() if getattr(self, k) is None})
+
+    def rate(self, phase: str) -> float:
+        """Return the peak learning rate of a phase, once it is chosen."""
+        rate: float | None = getattr(self, f"lr_{phase}")
+        assert rate is not None, "train() has chosen it"
+        return rate
+
+
+#: phase -> epochs and steps at least, and the peak learning rate for a batch of 128, where they are chosen
+_SCHEDULE = {"dense": (20, 1500, 0.1), "prune": (8, 600, 0.02), "tune": (24, 1800, 0.05)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,14 +131,8 @@ class BarConfig:
     margin: float = 1e-4
     #: the barrier f is cut off here
     barrier_cap: float = 20.0
-    #: how gates move: balanced (ours) or adam (the paper's)
-    gate_optimizer: Literal["balanced", "adam"] = "balanced"
-    #: balanced: how far a gate goes over the whole schedule at one root mean square per step
-    gate_travel: float = 12.0
-    #: balanced: weight of the cost's direction per unit of the barrier f
-    gate_push: float = 0.25
-    #: balanced: no gate takes a step above this many root mean squares
-    gate_clip: float = 3.0
+    #: how gates move: closing (ours: without noise, the least important per cost first, as b(t) falls) or adam (paper)
+    gate_optimizer: Literal["closing", "adam"] = "closing"
     #: adam: learning rate
     gate_lr: float = 1e-3
     #: log alpha stays within plus and minus this
@@ -130,8 +148,19 @@ class BarConfig:
 
     def __post_init__(self) -> None:
         """Raise InputError for constants under which the barrier or the gates cannot work."""
-        at_least(self, 0, "slack", "margin", "gate_push", "steepness")
-        above(self, 0, "lambda_norm", "barrier_cap", "gate_travel", "gate_clip", "gate_lr", "gate_limit")
+        at_least(self, 0, "slack", "margin", "steepness")
+        at_least(self, 4, "gate_limit")
+        above(self, 0, "lambda_norm", "barrier_cap", "gate_lr")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MagnitudeConfig:
+    """What `--method magnitude` compares."""
+
+    #: mean of the absolute weights of a filter, or root of the mean of their squares
+    norm: Literal["l1", "l2"] = "l1"
+    #: within each layer, which all shrink by one ratio; or all filters of the network with each other
+    scope: Literal["layer", "global"] = "layer"
 
 
 #: what a preset changes in the defaults. paper: Lemaire et al. 2019, section 5.1 and supplement 3, on CIFAR;

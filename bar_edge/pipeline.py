@@ -21,27 +21,34 @@ from bar_edge.latency_budget.profile_device import plot_table, profile_network
 from bar_edge.methods import GateLayout, smallest_cost
 from bar_edge.models import load_weights
 from bar_edge.network import Network, count, is_network_folder
+from bar_edge.network.modes import modes_apart
 from bar_edge.progress import NoProgress, Progress
 from bar_edge.records import Budget, ChannelPlan
 from bar_edge.records.export_result import ExportResult
 from bar_edge.records.latency_table import LatencyTable
+from bar_edge.records.lowering import Lowering
 from bar_edge.records.result import PARITY_LIMIT
 from bar_edge.report import write_report
 from bar_edge.requests import BenchRequest, DeployRequest, ExportRequest, PruneRequest
 from bar_edge.runs import door
-from bar_edge.runs.export import export_network, export_source
-from bar_edge.runs.inspection import modes_apart, preflight
+from bar_edge.runs.inspection import preflight
 from bar_edge.runs.measure import Benched, measure, runtime_of
 from bar_edge.runs.run_folder import Pruned, Run, describe_budget, masked_parity, read_result, versions, write_result
 from bar_edge.runs.specs import (
+    SAMPLE_IMAGES,
     build_module,
     read_data,
     read_material,
     read_network,
+    sample_images,
     shape_and_classes,
     trace_module,
 )
 from bar_edge.surgery import slice_network
+from bar_edge.targets.export_run import Exportable, Wanted, export_network, export_source
+from bar_edge.targets.onnx.file import Preprocessing
+from bar_edge.targets.table import TARGETS
+from bar_edge.targets.tensorrt.target import engine_options
 from bar_edge.targets.verify import verify_artifact
 from bar_edge.training import late_task
 
@@ -76,7 +83,7 @@ def _begin(
     material = read_material(request)
     for note in material.data.notes:
         (progress or NoProgress()).note(note)
-    if Budget.parse(request.budget).metric == "ms" and not request.table:
+    if Budget.parse(request.budget).cost.of_device and not request.table:
         file = out / "latency-table.json"
         if not file.is_file():
             _profile(material.network, file, request.model, bench, lowering, progress)
@@ -126,7 +133,7 @@ def profile(
     return {
         "table": out.name,
         "plot": out.with_suffix(".svg").name,
-        "lowering": table.lowering,
+        "lowering": str(table.lowering),
         "step": table.step,
         "full_ms": layout.cost({}, "ms"),
         "smallest_ms": smallest_cost(layout, "ms"),
@@ -151,7 +158,7 @@ def _profile(
         model=model,
         runtime=bench.runtime or "onnxruntime-cpu",
         threads=bench.threads,
-        lowering=lowering,
+        lowering=Lowering.parse_or_auto(lowering),
         on=bench.on,
         progress=progress,
     )
@@ -243,8 +250,9 @@ def export_run(
     config = door.stored_request(run, request, trust=trust)
     pruned = Pruned.load(run)
     folder = out or artifact_folder(run, request)
-    if request.target == "torch":
-        return export_source(pruned.network, folder)
+    write = TARGETS[request.target].write
+    if write is not None:
+        return export_source(write, pruned.network, folder)
     source = _images(pruned, config, request.data)
     return _exported(run, pruned, request, folder, source, config.task, progress).to_json()
 
@@ -272,9 +280,34 @@ def _exported(
     task: str,
     progress: Progress | None,
 ) -> ExportResult:
-    exported = export_network(pruned, request, folder, source=source, task=late_task(task), progress=progress)
+    exported = export_network(_wanted(request), _exportable(pruned, request, source, task), folder, progress)
     write_result(run, pruned.result.with_onnx_parity((exported.parity or {})["sliced_vs_onnx"]))
     return exported
+
+
+def _wanted(request: ExportRequest) -> Wanted:
+    same = ("precision", "recipe", "runtime", "threads", "choice_seconds", "with_preprocessing", "max_drop", "on")
+    return Wanted(
+        target=TARGETS[request.target],
+        lowering=Lowering.parse_or_auto(request.lowering),
+        engine=engine_options(request.engine),
+        **{name: getattr(request, name) for name in same},
+    )
+
+
+def _exportable(pruned: Pruned, request: ExportRequest, source: DataSource, task: str) -> Exportable:
+    described = pruned.result.input
+    return Exportable(
+        network=pruned.network,
+        dense=pruned.dense,
+        plan=pruned.plan,
+        budget=pruned.result.budget.text,
+        classes=described.classes,
+        preprocessing=Preprocessing(mean=described.mean, std=described.std),
+        task=late_task(task),
+        data=source,
+        images=sample_images(source, max(TARGETS[request.target].samples, SAMPLE_IMAGES)),
+    )
 
 
 def bench(target: Path, request: BenchRequest) -> dict[str, Any]:
@@ -305,7 +338,7 @@ def deploy(
     wanted = request.export
     run = _begin(request.prune, out, resume=resume, bench=bench, lowering=wanted.lowering, progress=progress)
     if request.in_ms and run.table is not None:
-        wanted = dataclasses.replace(wanted, lowering=run.table.lowering)
+        wanted = dataclasses.replace(wanted, lowering=str(run.table.lowering))
     pruned = _pruned(run)
 
     def export(made: Pruned) -> ExportResult:

@@ -14,7 +14,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from bar_edge.config import PRESETS, BarConfig, DistillConfig, TrainConfig, above, at_least, build, overlay
+from bar_edge.config import (
+    PRESETS,
+    BarConfig,
+    DistillConfig,
+    MagnitudeConfig,
+    TrainConfig,
+    above,
+    at_least,
+    build,
+    overlay,
+)
 from bar_edge.errors import InputError
 from bar_edge.records import Budget
 
@@ -51,7 +61,7 @@ class PruneRequest:
         "--table.",
         "B",
     )
-    method: Literal["bar", "random"] = _option("bar", "bar or random.")
+    method: str = _option("bar", "{methods}.")
     preset: Literal["default", "paper"] = _option("default", "default, or paper for the published constants.")
     model_arg: tuple[str, ...] = _option((), "An argument of the model's factory; repeat.", "KEY=VALUE")
     weights: str | None = _option(None, "Trained weights, safetensors or a checkpoint: skips dense.", "FILE")
@@ -71,6 +81,7 @@ class PruneRequest:
     train: TrainConfig = TrainConfig()
     distill: DistillConfig = DistillConfig()
     bar: BarConfig = BarConfig()
+    magnitude: MagnitudeConfig = MagnitudeConfig()
 
     def __post_init__(self) -> None:
         """Raise InputError for widths that are multiples of nothing, and for a text that is no budget."""
@@ -162,7 +173,7 @@ class BenchRequest:
         """Raise InputError for numbers with which nothing can be measured, or a budget that is no time."""
         at_least(self, 1, "threads", "batch")
         above(self, 0, "seconds")
-        if self.budget is not None and Budget.parse(self.budget).metric != "ms":
+        if self.budget is not None and not Budget.parse(self.budget).cost.of_device:
             raise InputError(
                 "a budget in milliseconds, such as 8ms", got=self.budget, consequence="nothing was measured"
             )
@@ -179,7 +190,7 @@ class DeployRequest:
     @property
     def in_ms(self) -> bool:
         """Whether it is trained for a budget in ms, which a measurement then has to meet."""
-        return Budget.parse(self.prune.budget).metric == "ms"
+        return Budget.parse(self.prune.budget).cost.of_device
 
     @classmethod
     def joined(cls, prune: PruneRequest, options: Mapping[str, Any]) -> DeployRequest:
@@ -201,7 +212,7 @@ class DeployRequest:
 def anchored(request: PruneRequest, folder: Path) -> PruneRequest:
     """Return the request as a RUN folder keeps it: files and folders by their way from there."""
     named = {name: getattr(request, name) for name in _PATHS}
-    paths = {name: os.path.relpath(value, folder) for name, value in named.items() if _is_path(value)}
+    paths: dict[str, Any] = {name: os.path.relpath(value, folder) for name, value in named.items() if _is_path(value)}
     return dataclasses.replace(request, **paths)
 
 

@@ -25,6 +25,7 @@ from bar_edge.data import load_data
 from bar_edge.files import read_json, write_json
 from bar_edge.lowering.lower import lower
 from bar_edge.network import Network
+from bar_edge.records.lowering import Lowering
 from bar_edge.targets.artifact import ArtifactSpec, write_artifact
 from bar_edge.targets.tensorrt.bundle import write_bundle
 
@@ -106,7 +107,7 @@ def make_bundles(kept: Path, data: str, out: Path, runner: Path) -> list[Path]:
     bundles = []
     for name in NETWORKS:
         network = Network.load(kept / name / "network")
-        lowered = lower(network, "slices")
+        lowered = lower(network, Lowering.parse("slices"))
         spec = ArtifactSpec(lowering="slices", budget=read_json(kept / name / "result.json")["budget"]["text"])
         manifest = write_artifact(lowered, out / name / "onnx-fp32", samples=images, spec=spec, reference=network)
         assert manifest["parity"]["within"], name

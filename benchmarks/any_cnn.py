@@ -40,6 +40,7 @@ from bar_edge.methods import GateLayout, random_plan, smallest_cost
 from bar_edge.models import build
 from bar_edge.network import Network, count, trace
 from bar_edge.records import ChannelPlan
+from bar_edge.records.lowering import Lowering
 from bar_edge.runs.run_folder import versions
 from bar_edge.surgery import relative_difference, slice_network
 from bar_edge.targets.onnx.file import export_onnx
@@ -192,7 +193,7 @@ def onnx(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         start = time.process_time()
-        export_onnx(lower(sliced, "zero-filled"), (architecture.small_shape,), file)
+        export_onnx(lower(sliced, Lowering.parse("zero-filled")), (architecture.small_shape,), file)
         found["export_s"] = time.process_time() - start
         session = cpu_session(file)
         found["onnxruntime"] = apart(expected, session.run(None, {session.get_inputs()[0].name: images.numpy()}))

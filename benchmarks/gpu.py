@@ -25,9 +25,10 @@ from bar_edge.bench import Measurement, bench_onnx, compare, median_interval
 from bar_edge.bench.runner import interleave, warm_up
 from bar_edge.errors import BarEdgeError, EnvironmentLacks
 from bar_edge.files import write_json
-from bar_edge.lowering.lower import PAPER, lower
+from bar_edge.lowering.lower import lower
 from bar_edge.models import build
 from bar_edge.network import Network, trace
+from bar_edge.records.lowering import PAPER, Lowering
 from bar_edge.runs.run_folder import versions
 from bar_edge.surgery import slice_network
 from bar_edge.surgery.masked import relative_difference
@@ -44,7 +45,7 @@ def forms(model: str, shape: tuple[int, ...], factor: float, seed: int) -> dict[
     torch.manual_seed(seed)
     dense = trace(build(model, input_shape=shape, classes=10), torch.zeros(2, *shape)).eval()
     sliced = slice_network(dense, uneven_plan(dense, factor, seed))
-    return {"dense": dense} | {form: lower(sliced, form) for form in LOWERED}
+    return {"dense": dense} | {form: lower(sliced, Lowering.parse(form)) for form in LOWERED}
 
 
 def graphed(module: nn.Module, images: Tensor) -> Callable[[], object]:

@@ -48,6 +48,7 @@ from bar_edge.files import read_json, write_json
 from bar_edge.lowering.lower import lower
 from bar_edge.models import ZOO, build
 from bar_edge.network import Network, trace
+from bar_edge.records.lowering import Lowering
 from bar_edge.runs.run_folder import versions
 from bar_edge.surgery import slice_network
 from bar_edge.targets.onnx.file import export_onnx
@@ -198,7 +199,7 @@ def trained_file(name: str, folder: Path) -> Path:
     path = folder / f"{name}.onnx"
     if not path.is_file():
         network = Network.load(trained(name, folder)).eval()
-        export_onnx(lower(network, "slices"), network.input_shapes, path)
+        export_onnx(lower(network, Lowering.parse("slices")), network.input_shapes, path)
     return path
 
 
@@ -295,7 +296,7 @@ def float_files(model: str, folder: Path, forms: tuple[str, ...] = FORMS) -> lis
         sliced = {1: network} | {f: slice_network(network, uneven_plan(network, f, SEED)).eval() for f in FACTORS}
         for name, (factor, form) in names.items():
             if not paths[name].is_file():
-                export_onnx(lower(sliced[factor], form), (3, 32, 32), paths[name])
+                export_onnx(lower(sliced[factor], Lowering.parse(form)), (3, 32, 32), paths[name])
     return list(paths.values())
 
 

@@ -27,15 +27,16 @@ from bar_edge.network import Network, count, trace
 from bar_edge.pipeline import plot_table
 from bar_edge.records import ChannelPlan
 from bar_edge.records.latency_table import LatencyTable
-from bar_edge.targets.form_search import CANDIDATES
+from bar_edge.records.lowering import Lowering
+from bar_edge.targets.table import forms_for
 from benchmarks.masks import uneven_plan
 
 HERE = Path(__file__).parent / "results" / "latency"
 RESULTS = HERE.with_suffix(".json")
 MODELS = ("resnet56", "wrn-16-4", "mobilenetv2")
 #: what `bar-edge profile` chooses for mobilenetv2, whose bottlenecks are slow below 16 channels, and for the others
-LOWERINGS = {"mobilenetv2": "pointwise:16"}
-USUAL = CANDIDATES["onnxruntime-cpu", "fp32"][0]
+LOWERINGS = {"mobilenetv2": Lowering.parse("pointwise:16")}
+USUAL = forms_for("onnxruntime-cpu", "fp32").candidates[0]
 FACTORS = (1.5, 2, 3, 4, 6, 8, 12, 16)
 #: plans measured in turn, and for how long each
 GROUP, SECONDS = 20, 1.5
@@ -64,9 +65,9 @@ def plans_of(network: Network, seeds: range) -> dict[int, ChannelPlan]:
     return {seed: uneven_plan(network, FACTORS[seed % len(FACTORS)], 100 + seed) for seed in seeds}
 
 
-def export(network: Network, plans: dict[int, ChannelPlan], prefix: Path, lowering: str) -> list[Path]:
+def export(network: Network, plans: dict[int, ChannelPlan], prefix: Path, lowering: Lowering) -> list[Path]:
     """Export what is not there yet, as PREFIX-FORM-SEED.onnx."""
-    files = [prefix.with_name(f"{prefix.name}-{lowering.replace(':', '_')}-{seed}.onnx") for seed in plans]
+    files = [prefix.with_name(f"{prefix.name}-{str(lowering).replace(':', '_')}-{seed}.onnx") for seed in plans]
     for file, plan in zip(files, plans.values(), strict=True):
         if not file.is_file():
             export_plan(network, plan, lowering, file.with_suffix(".part"))

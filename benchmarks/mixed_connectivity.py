@@ -34,15 +34,25 @@ from bar_edge.lowering.widen import regular_form
 from bar_edge.models import build
 from bar_edge.network import Network, count, trace
 from bar_edge.network.counted_cost import count_executed
+from bar_edge.records.lowering import Lowering
 from bar_edge.runs.run_folder import versions
 from bar_edge.surgery import slice_network
-from bar_edge.targets.form_search import CANDIDATES, choose_lowering
+from bar_edge.targets.convert import for_speed
+from bar_edge.targets.form_search import choose_lowering
 from bar_edge.targets.onnx.file import export_onnx
-from bar_edge.targets.target import faster_recipe, for_speed
+from bar_edge.targets.table import TARGETS
+from bar_edge.targets.target import MEASURED_IN, faster_recipe
 from benchmarks.masks import CELLS, uneven_plan
 
 HERE = Path(__file__).parent / "results"
 OTHERS = ("regular", "paper", "scatter")
+#: (runtime, precision) -> forms that `--lowering auto` tries
+CANDIDATES = {
+    (target.runtime, precision): tuple(map(str, forms.candidates))
+    for target in TARGETS.values()
+    if target.runtime is not None
+    for precision, forms in target.forms.items()
+}
 #: learned plans of the CIFAR-10 runs: folder -> dense network's folder
 LEARNED = {
     "resnet20_bar2_s0": "resnet20_dense_s0",
@@ -89,7 +99,7 @@ def prepare(folder: Path, model: str, factor: int, seed: int) -> tuple[dict[str,
         dense, sliced = networks(model, factor, seed)
         executed = {}
         for form, file in files.items():
-            lowered = dense if form == "dense" else lower(sliced, form)
+            lowered = dense if form == "dense" else lower(sliced, Lowering.parse(form))
             executed[form] = count_executed(lowered).flops if form != "dense" else count(dense).flops
             if form != "dense" or not file.is_file():
                 export_onnx(lowered, sliced.input_shapes, file)
@@ -246,9 +256,9 @@ def low_precision(results: Path, model: str, seeds: range) -> str:
                 if precision == "fp32" or any(key.items() <= row.items() for row in rows):
                     continue
                 dense, sliced = networks(model, factor, seed)
-                target = {"onnxruntime-cpu": "onnx", "openvino-cpu": "openvino"}[runtime]
+                target = next(row for row in TARGETS.values() if row.runtime == runtime)
                 recipe = (
-                    faster_recipe(target, sliced, runtime=runtime, lowering="regular:16", threads=1)
+                    faster_recipe(target, sliced, runtime=runtime, lowering=MEASURED_IN, threads=1)
                     if precision == "int8"
                     else None
                 )
@@ -256,7 +266,7 @@ def low_precision(results: Path, model: str, seeds: range) -> str:
                 found = choose_lowering(
                     sliced, dense, runtime=runtime, precision=precision, seconds=LOW_S, convert=convert
                 )
-                rows.append({**key, "recipe": recipe.name if recipe else None, **dataclasses.asdict(found)})
+                rows.append({**key, "recipe": recipe.name if recipe else None, **found.to_json()})
                 write_json(results, {"rows": rows, "versions": versions()})
     lines = [
         "| network | runtime, precision | seed | recipe | ours | ours ms | x regular | x dense |",
@@ -296,7 +306,7 @@ def full_width(seeds: range = range(3)) -> str:
                 for file, (form, lowering) in zip(
                     files, ((naive, "paper"), (sliced, "regular"), (sliced, "gather:4")), strict=True
                 ):
-                    export_onnx(lower(form, lowering), dense.input_shapes, file)
+                    export_onnx(lower(form, Lowering.parse(lowering)), dense.input_shapes, file)
                 a, b, c = bench_onnx(files, seconds=JUDGE_S)
             lines.append(
                 f"| {factor}x | {seed} | {median_ms(a):.3f} | {median_ms(b):.3f} | {median_ms(c):.3f} "

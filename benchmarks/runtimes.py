@@ -36,6 +36,7 @@ from bar_edge.files import read_json, write_json
 from bar_edge.lowering.lower import lower, stream_sizes
 from bar_edge.models import build
 from bar_edge.network import Network, trace
+from bar_edge.records.lowering import Lowering
 from bar_edge.runs.run_folder import versions
 from bar_edge.surgery import slice_network
 from bar_edge.targets.onnx.file import export_onnx
@@ -122,7 +123,7 @@ def write_file(network: Network, role: str, folder: Path, key: tuple[str, str], 
         lowering = "slices" if role == "dense" else LOWERINGS[key]
         if not stream_sizes(network):
             lowering = lowering.replace("gather", "slices")
-        export_onnx(lower(network, lowering), data.input_shape, float_path)
+        export_onnx(lower(network, Lowering.parse(lowering)), data.input_shape, float_path)
     if key[1] == "fp16":
         to_half(float_path, path, "fp16")
     elif key[1] == "int8" and not path.is_file():

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 Kept = Mapping[str, Iterable[int]]
 
@@ -193,6 +194,17 @@ def random_kept(module: nn.Module, removed: float, seed: int, dead: Iterable[str
         n = max(1, round((1 - removed) * conv.out_channels))
         kept[name] = tuple(sorted(torch.randperm(conv.out_channels, generator=generator)[:n].tolist()))
     return kept | dict.fromkeys(dead, ())
+
+
+def torch_flops(module: nn.Module, *inputs: Tensor) -> tuple[int, int]:
+    """Return the FLOPs of convolutions, and of everything, for one image by torch's own counter."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(*inputs)
+    by_operator = counter.get_flop_counts().get("Global", {})
+    convolutions = sum(flops for name, flops in by_operator.items() if "conv" in str(name))
+    n = len(inputs[0])
+    assert convolutions % n == counter.get_total_flops() % n == 0
+    return convolutions // n, counter.get_total_flops() // n
 
 
 def hooked_counts(module: nn.Module, images: Tensor) -> tuple[int, int, int]:

@@ -214,14 +214,17 @@ def _without_path(error: Exception) -> str:
 def _eight_bits(image: Image.Image, mode: str, geometry: Geometry, name: str) -> Image.Image:
     """Return an image of 8 bits; more bits and floats, which Pillow would clip at 255, are scaled by their range."""
     if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float64 if image.mode == "F" else np.int64)
+        values = np.asarray(image).astype(np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("pixels that are no numbers")
         brightest = geometry.white if image.mode == "F" else (1 << geometry.bits) - 1
         if not (values.min() >= 0 and values.max() <= brightest):
             raise UnlikeOthersError(
                 f"{name} has pixels from {values.min():g} to {values.max():g}, beyond {brightest:g}"
             )
-        factor = 255 / geometry.white
-        scaled = (values * factor).round() if image.mode == "F" else values >> geometry.bits - 8
+        # whole levels of integers, as a shift would give them
+        scale = 255 / geometry.white if image.mode == "F" else 2.0 ** (8 - geometry.bits)
+        scaled = (values * scale).round() if image.mode == "F" else np.floor(values * scale)
         image = Image.fromarray(scaled.astype(np.uint8))
     return image if image.mode == mode else image.convert(mode)
 

@@ -78,7 +78,7 @@ def close_loop(
     folder = run.out / "checkpoints"
     rounds = _read_rounds(folder / "rounds.json")
     verdicts: dict[int, tuple[list[Benched], float]] = {}
-    pruned, limit = first, min(run.limit, run.layout.cost({}, "ms"))
+    pruned, limit = first, min(run.limit, run.layout.cost({}, run.budget.metric))
     while True:
         while not rounds or (len(rounds) <= ROUNDS and (again := next_limit(run, rounds)) is not None):
             if rounds and again is not None:
@@ -136,16 +136,13 @@ def next_limit(run: Run, rounds: list[Round]) -> float | None:
     else:
         nearest = below or above or rounds[-1]
         limit = nearest.by_table * aim / nearest.measured
-    limit = min(max(limit, smallest_cost(run.layout, "ms")), run.layout.cost({}, "ms"))
+    limit = min(max(limit, smallest_cost(run.layout, run.budget.metric)), run.layout.cost({}, run.budget.metric))
     return None if any(abs(found.limit / limit - 1) < 1e-3 for found in rounds) else limit
 
 
 def correct(run: Run, dense: Network, limit: float) -> Pruned:
     """Prune a RUN again, onto a limit in ms by the table; writes network, plan and result."""
-    end = read_result(run.out).end_of_pruning
-    sliced, plan, forced = run.corrected(limit)
-    run.end = end
-    return run.judged(dense, sliced, plan, forced)
+    return run.judged(dense, *run.corrected(limit))
 
 
 def in_fresh_processes(measure: Callable[[Path], Benched], exported: ExportResult) -> tuple[list[Benched], float]:

@@ -116,16 +116,18 @@ def monotone(values: np.ndarray) -> np.ndarray:
 def find_step(lines: Sequence[Mapping[str, Any]]) -> int:
     """Return the largest step that explains the lines: on the way to the next multiple of it nothing gets dearer.
 
-    Judged by the mean over the widths above one step, which noise leaves near 0 and a true slope does not.
+    Judged by the mean over the widths above one step, which noise leaves near 0 and a true slope does not; of each
+    line by itself, because what one width does faster must not hide the steps of the other.
     """
     for step in STEPS:
-        dearer = []
+        means = []
         for line in lines:
             by_width = dict(zip(line["widths"], line["ms"], strict=True))
             last = max(n for n in by_width if n % step == 0)
             inside = [n for n in by_width if step < n <= last]
-            dearer += [(by_width[-(-n // step) * step] - by_width[n]) / max(line["ms"]) for n in inside]
-        if statistics.mean(dearer) <= FLAT:
+            dearer = [(by_width[-(-n // step) * step] - by_width[n]) / max(line["ms"]) for n in inside]
+            means += [statistics.mean(dearer)] if dearer else []
+        if max(means, default=0.0) <= FLAT:
             return step
     return STEPS[-1]
 

@@ -19,8 +19,6 @@ from bar_edge.errors import InputError
 from bar_edge.latency_budget.engine_prices import Sample, fitted_prices, layer_samples
 from bar_edge.latency_budget.operation_prices import LINE_WIDTHS, Prober, find_step, undisturbed_ms
 from bar_edge.lowering.lower import lower
-from bar_edge.lowering.packing import PLAIN
-from bar_edge.lowering.placement import Form
 from bar_edge.methods import GateLayout, random_plan, smallest_cost
 from bar_edge.network import Network, count
 from bar_edge.network.channels import passages
@@ -28,9 +26,10 @@ from bar_edge.network.priced_operations import LAYERS, LatencyCounter, largest_w
 from bar_edge.progress import NoProgress, Progress
 from bar_edge.records import ChannelPlan
 from bar_edge.records.latency_table import Kind, LatencyTable, Prices, knots
+from bar_edge.records.lowering import PLAIN, Lowering
 from bar_edge.surgery import slice_network
-from bar_edge.targets.form_search import CANDIDATES, ELSEWHERE
 from bar_edge.targets.onnx.file import export_onnx
+from bar_edge.targets.table import forms_for
 
 #: shares of the volume of the random plans to which a table is fitted, the whole network among them
 SHARES = (1.0, 0.7, 0.55, 0.4, 0.3, 0.2, 0.12, 0.07)
@@ -48,23 +47,22 @@ def profile_network(
     model: str,
     runtime: str = "onnxruntime-cpu",
     threads: int = 1,
-    lowering: str = "auto",
+    lowering: Lowering | None = None,
     on: str = "local",
     progress: Progress | None = None,
 ) -> LatencyTable:
     """Measure the network's operations, then a few random plans of it as whole files; write and return the table.
 
-    lowering: form of the additions in whole networks; auto is the faster of the runtime's two most promising, in a
+    lowering: form of the additions in whole networks; None is the faster of the runtime's two most promising, in a
     random plan. What was measured before a stop is not measured again; engines are built again, with what their timing
     cache holds. Raises what `bench_onnx` raises, and InputError for a lowering that layers have no prices for alone.
     """
-    form = Form.parse("regular" if lowering == "auto" else lowering)
-    if form.narrow or form.packing != PLAIN:
+    if lowering is not None and not _has_prices(lowering):
         raise InputError(
             "a lowering for a table of single layers: a form, or a form and one rounding as in gather:4",
-            got=lowering,
+            got=str(lowering),
             consequence="nothing was measured",
-            remedy="leave packing and the smaller rounding away; `export --lowering` takes them",
+            remedy="omit packing and the smaller rounding; `export --lowering` takes them",
         )
     progress = progress or NoProgress()
     largest = largest_widths(network)
@@ -81,13 +79,13 @@ def profile_network(
     )
     lines = _lines(prober, largest) if runtime != TENSORRT else []
     prices = prober.prices(largest) if runtime != TENSORRT else {}
-    if lowering == "auto":
-        lowering = _faster(prober, network, CANDIDATES.get((runtime, "fp32"), ELSEWHERE)[:2])
+    if lowering is None:
+        lowering = _faster(prober, network, forms_for(runtime, "fp32").candidates[:2])
     if runtime == TENSORRT:
         prices = _engine_prices(prober, network, largest, lowering)
     table = LatencyTable(
         lowering=lowering,
-        rounding=max(4, Form.parse(lowering).rounding),
+        rounding=max(4, *(form.rounding for form in lowering.forms)),
         step=find_step(lines) if lines else 4,
         prices=prices,
         lines=tuple(lines),
@@ -102,10 +100,16 @@ def profile_network(
     return table
 
 
-def export_plan(network: Network, plan: ChannelPlan, lowering: str, file: Path) -> None:
+def export_plan(network: Network, plan: ChannelPlan, lowering: Lowering, file: Path) -> None:
     """Write the network, sliced by the plan, in a form of its additions."""
     sliced = slice_network(network, plan)
     export_onnx(lower(sliced, lowering), sliced.input_shapes, file)
+
+
+def _has_prices(lowering: Lowering) -> bool:
+    """Tell whether layers have prices alone: one form for all streams, with one rounding at most."""
+    forms = lowering.forms
+    return len(forms) == 1 and not forms[0].narrow and forms[0].packing == PLAIN
 
 
 def plot_table(table: LatencyTable, path: Path) -> None:
@@ -170,7 +174,7 @@ def _lines(prober: Prober, largest: dict[Kind, tuple[int, ...]]) -> list[dict[st
 
 
 def _engine_prices(
-    prober: Prober, network: Network, largest: dict[Kind, tuple[int, ...]], lowering: str
+    prober: Prober, network: Network, largest: dict[Kind, tuple[int, ...]], lowering: Lowering
 ) -> dict[str, Prices]:
     """Price the operations by the layers of engines of random plans.
 
@@ -194,7 +198,9 @@ def _engine_prices(
             axes = tuple((0, *knots(n)) for n in widths)
             values = np.multiply.outer(np.ones(len(axes[0])), axes[-1]) if len(axes) > 1 else np.array(axes[0], float)
             prices[str(kind)] = Prices(widths=axes, ms=tuple(per_value * np.prod(kind.shape) * values.ravel()))
-    unit = LatencyTable(lowering=lowering, rounding=max(4, Form.parse(lowering).rounding), step=4, prices=prices)
+    unit = LatencyTable(
+        lowering=lowering, rounding=max(4, *(form.rounding for form in lowering.forms)), step=4, prices=prices
+    )
     counter = LatencyCounter(network, passages(network), unit)
     gone_over = sum(float(counter.priced.parts(counter.widths(plan.kept), stepped=True)[1]) for plan in plans)
     rate = sum(rests) / gone_over if gone_over else 0.0
@@ -206,14 +212,14 @@ def _engine_prices(
     }
 
 
-def _faster(prober: Prober, network: Network, lowerings: tuple[str, ...]) -> str:
+def _faster(prober: Prober, network: Network, lowerings: tuple[Lowering, ...]) -> Lowering:
     """Return the form in which a random plan of the network runs faster."""
     (plan,) = _random_plans(network, (TRIED,))
     found = _measured(prober, network, [(plan, lowering) for lowering in lowerings])
-    return min(zip(found, lowerings, strict=True))[1]
+    return lowerings[found.index(min(found))]
 
 
-def _whole(prober: Prober, network: Network, lowering: str) -> list[tuple[ChannelPlan, float]]:
+def _whole(prober: Prober, network: Network, lowering: Lowering) -> list[tuple[ChannelPlan, float]]:
     """Measure random plans of the network, the whole network among them."""
     plans = _random_plans(network, SHARES)
     return list(zip(plans, _measured(prober, network, [(plan, lowering) for plan in plans]), strict=True))
@@ -226,7 +232,7 @@ def _random_plans(network: Network, shares: tuple[float, ...], first_seed: int =
     return [random_plan(layout, "volume", limit, seed) for seed, limit in enumerate(limits, first_seed)]
 
 
-def _measured(prober: Prober, network: Network, forms: list[tuple[ChannelPlan, str]]) -> list[float]:
+def _measured(prober: Prober, network: Network, forms: list[tuple[ChannelPlan, Lowering]]) -> list[float]:
     """Return the ms of the network, sliced by plans and lowered, interleaved."""
     found: list[float] = []
     _benched(prober, network, forms, lambda _, measured: found.extend(map(undisturbed_ms, measured)))
@@ -236,7 +242,7 @@ def _measured(prober: Prober, network: Network, forms: list[tuple[ChannelPlan, s
 def _benched(
     prober: Prober,
     network: Network,
-    forms: list[tuple[ChannelPlan, str]],
+    forms: list[tuple[ChannelPlan, Lowering]],
     read: Callable[[list[Path], list[Measurement]], None],
     **options: Any,
 ) -> None:

@@ -14,11 +14,9 @@ from torch import Tensor, fx, nn
 from bar_edge.network import Network
 from bar_edge.network.channels import ELEMENTWISE, called_again
 from bar_edge.network.graph_json import attach
+from bar_edge.records.lowering import PLAIN, Packing
 
 aten = torch.ops.aten
-#: rows and columns of pixels that become channels of one pixel
-Packing = tuple[int, int]
-PLAIN: Packing = (1, 1)
 #: operators whose third argument says which channels they mean
 _INDEXED = {aten.index_select.default, aten.index_add.default}
 #: operators of two tensors, element by element

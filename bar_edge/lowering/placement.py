@@ -4,77 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from typing import Literal, get_args
 
+import torch
 from torch import Tensor, fx, nn
 
-from bar_edge.errors import InputError
-from bar_edge.lowering.packing import PLAIN, Packing
 from bar_edge.network import MixedAdd, Network
-from bar_edge.network.channels import Passage, Passages, aten, called_again, is_constant, is_depthwise
+from bar_edge.network.channels import Passage, Passages, called_again, is_depthwise
 from bar_edge.network.movement import MOVEMENTS, SHAPELESS
+from bar_edge.records.lowering import Form, Rounding
 from bar_edge.surgery.stream_order import Stream, is_identity, joined_streams
 
-Kind = Literal["slices", "pad", "gather", "scatter", "pointwise", "deferred", "blocks", "zero-filled", "regular"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-#: to which multiples widths are filled up: those below the second number to multiples of the first only
-Rounding = tuple[int, int]
 #: multiplications in the time of copying one value: INT8 and bf16 in OpenVINO (docs/mixed_connectivity.md)
 PAD = 200
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Form:
-    """How the additions of one residual stream run, as in `blocks:16`, `slices:4-16` or `deferred:16@1x2`.
-
-    slices, pad, gather, scatter, pointwise
-                  a writer makes its own channels, which go to their places by Slice, Add and Concat, by Pad and
-                  Add, by Gather from a padded tensor, by ScatterND, or by a convolution of 1x1 that adds
-    deferred      nothing is added where it is written: writers' channels are joined, and summed where the stream is
-                  read, by a convolution of 1x1 that the BatchNorm behind the sum is part of
-    blocks        a writer makes whole blocks of `rounding` channels, one convolution per block or run of blocks
-    zero-filled   a writer makes all channels of the stream so far, and zeros in advance where they cost less than the
-                  Pad by which the stream grows: plain additions
-    regular       all tensors of the stream hold the union of its channels, plain additions
-    rounding      widths are filled up to multiples of it
-    narrow        widths below the rounding are filled up to multiples of this only
-    packing       blocks of so many rows and columns of pixels are channels, in all tensors of the stream's size
-    """
-
-    kind: Kind
-    rounding: int = 1
-    packing: Packing = PLAIN
-    narrow: int = 0
-
-    @property
-    def filled(self) -> Rounding:
-        """How channels are filled up before they are packed."""
-        k = math.prod(self.packing)
-        narrow, rounding = (n // math.gcd(n, k) for n in (self.narrow or self.rounding, self.rounding))
-        return narrow, rounding
-
-    def __str__(self) -> str:
-        rounding = (
-            "" if self.rounding == 1 else f":{self.narrow}-{self.rounding}" if self.narrow else f":{self.rounding}"
-        )
-        return f"{self.kind}{rounding}" + ("" if self.packing == PLAIN else "@{}x{}".format(*self.packing))
-
-    @staticmethod
-    def parse(text: str) -> Form:
-        """Read `slices`, `blocks:16`, `slices:4-16` or `regular@2x2`; raises InputError for anything else."""
-        found = re.fullmatch(r"([a-z-]+)(?::(?:([1-9]\d{0,2})-)?([1-9]\d{0,2}))?(?:@([1-8])x([1-8]))?", text)
-        kind = next((kind for kind in KINDS if found and kind == found[1]), None)
-        narrow, rounding, height, width = (int(n or 0) for n in found.groups()[1:]) if found else (0, 0, 0, 0)
-        if kind is None or rounding > 256 or (narrow and (narrow >= rounding or rounding % narrow)):
-            raise InputError(
-                f"a lowering: {', '.join(KINDS)}, or with widths rounded up to multiples of at most 256, as in "
-                "slices:16, those below 16 to multiples of a part of it, as in slices:4-16, and blocks of at most 8x8 "
-                "pixels packed into channels, as in regular:16@2x2",
-                got=repr(text),
-                remedy="choose one of these, or one per residual stream with commas between them",
-            )
-        return Form(kind, rounding or 1, (height or 1, width or 1), narrow)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -154,7 +95,7 @@ def can_widen(network: Network, passage: Passage, node: fx.Node) -> bool:
         return plain_sum(network, passage, node)
     if module is not None:
         return isinstance(module, nn.modules.batchnorm._BatchNorm | nn.Dropout) or is_depthwise(module)
-    moved = node.target in MOVEMENTS - SHAPELESS or any(is_constant(n) for n in node.all_input_nodes)
+    moved = node.target in MOVEMENTS - SHAPELESS or any(n in network.constants for n in node.all_input_nodes)
     return passage.kind == "map" and is_identity(passage) and passage.keeps_zero and not moved
 
 
@@ -168,7 +109,7 @@ def plain_sum(network: Network, passage: Passage, node: fx.Node) -> bool:
     if isinstance(network.module_of(node), MixedAdd):
         return True
     shapes = {network.shapes[source.name] for source in node.all_input_nodes if source.name in network.shapes}
-    plain = node.target is aten.add.Tensor and not node.kwargs
+    plain = node.target is torch.ops.aten.add.Tensor and not node.kwargs
     return plain and len(passage.links) == 2 and passage.axis == 1 and len(shapes) == 1
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bar_edge.lowering.placement import Form, Placement, plain_reader, plain_sum, residual_streams, stream_placements
+from bar_edge.lowering.placement import Placement, plain_reader, plain_sum, residual_streams, stream_placements
 from bar_edge.network import MixedAdd, Network
 from bar_edge.network.channels import called_again, passages
 from bar_edge.network.graph_json import attach
+from bar_edge.records.lowering import Form
 from bar_edge.surgery.stream_order import is_identity
 
 aten = torch.ops.aten
@@ -139,6 +140,6 @@ def _wide_alone(module: nn.Module, place: Placement | None) -> nn.Module:
             setattr(new, name, nn.Parameter(wide) if isinstance(tensor, nn.Parameter) else wide)
     if isinstance(new, nn.modules.batchnorm._BatchNorm):
         new.num_features = place.width
-    elif isinstance(new, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    elif isinstance(new, nn.modules.conv._ConvNd):
         new.groups = new.in_channels = new.out_channels = place.width
     return new

@@ -2,7 +2,8 @@
 
 V = sum over all convolution outputs of channels * area. FLOPs = 2 * k^2 * area * n_in * n_out, two per
 multiply-add, convolutions only; a linear layer at many positions (N, ..., features) is a 1x1 convolution.
-Parameters are counted everywhere.
+One whose weights are computed is counted as it stands. Parameters are counted everywhere. What torch counts besides
+(linear layers on vectors, products of tensors, attention) is named by `uncounted_flops`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,19 @@ from bar_edge.network.channels import (
     Passages,
     attribute,
     called_again,
-    is_constant,
+    cut_parameters,
+    is_parameter,
     is_whole,
     parameter_axis,
-    passages,
 )
 from bar_edge.network.liveness import Held, held_channels
 from bar_edge.network.network import Network
-from bar_edge.records import ChannelPlan, Counts
+from bar_edge.records import COSTS, ChannelPlan, Cost, Counts
+
+#: the costs that stand in Counts
+COUNTED = tuple(field.name for field in dataclasses.fields(Counts))
+
+aten = torch.ops.aten
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +58,8 @@ class Unit:
 
     volume = area * n_out; flops = flop_rate * pairs and params = weights * pairs + vectors * n_out +
     constant, where pairs is the sum over `groups` of n_in * n_out, or n_out for operations on single
-    channels (`alone`). in_width: channels of an input that is there as a whole, else None.
+    channels (`alone`). in_width: channels of an input that is there as a whole, else None. whole: volume and
+    FLOPs of what cannot be pruned, besides.
     """
 
     node: fx.Node
@@ -65,6 +72,24 @@ class Unit:
     constant: int
     groups: int = 1
     in_width: int | None = None
+    whole: tuple[int, int] = (0, 0)
+
+
+COMPUTED_REASON = "its weights are computed"
+#: what convolves with weights that the graph computes
+COMPUTED = {
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.conv3d.padding,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+    aten.convolution.default,
+    aten.linear.default,
+}
 
 
 def units(network: Network, found: Passages) -> list[Unit]:
@@ -76,6 +101,8 @@ def units(network: Network, found: Passages) -> list[Unit]:
         module = network.module_of(node)
         if module is None:
             result += _parameter_units(network, found, node, parameters)
+            if node.target in COMPUTED and any(whole := _computed(network, node)):
+                result.append(Unit(node, node.all_input_nodes[0], True, 0, 0, 0, 0, 0, whole=whole))
             continue
         source, passage, numel = node.all_input_nodes[0], found[node], sum(p.numel() for p in module.parameters())
         if isinstance(module, READERS):
@@ -85,6 +112,26 @@ def units(network: Network, found: Passages) -> list[Unit]:
         elif numel:
             result.append(Unit(node, source, True, 0, 0, 0, 0, numel))
     return result
+
+
+def computed_layers(network: Network) -> list[fx.Node]:
+    """Return the convolutions, and linear layers at many positions, whose weights are computed or not their own."""
+    return [n for n in network.nodes if n.op == "call_function" and n.target in COMPUTED and any(_computed(network, n))]
+
+
+def _computed(network: Network, node: fx.Node) -> tuple[int, int]:
+    """Return volume and FLOPs of a convolution with computed weights for one image; of a layer on vectors none.
+
+    `shapes` are those of two images, which may lie along any axis.
+    """
+    x, weight = (network.shapes[n.name] for n in node.args[:2] if isinstance(n, fx.Node))
+    shape = network.shapes[node.name]
+    if node.target is aten.linear.default:
+        positions = torch.Size(shape[:-1]).numel() * (len(shape) > 2)
+        return positions * shape[-1] // 2, positions * torch.Size(weight).numel()
+    transposed = node.args[6] if node.target is aten.convolution.default else "transpose" in str(node.target)
+    map_shape = x if transposed else shape
+    return torch.Size(shape).numel() // 2, shape[0] * torch.Size(map_shape[2:]).numel() * torch.Size(weight).numel()
 
 
 def _shared_number(module: nn.Module) -> bool:
@@ -113,26 +160,25 @@ def _reader_unit(network: Network, found: Passages, node: fx.Node, module: nn.Mo
 
 
 def _parameter_units(network: Network, found: Passages, node: fx.Node, counted: set[fx.Node]) -> list[Unit]:
-    """Return the parameters with one number per channel that an operator reads by itself."""
-    result = []
-    for parameter in node.all_input_nodes:
-        root = parameter
-        while is_constant(root) and root.op != "get_attr" and len(root.users) == 1:
-            root = root.all_input_nodes[0]
-        if root.op != "get_attr" or root in counted or found[node].kind != "map" or len(root.users) > 1:
-            continue
-        value = attribute(network, parameter)
-        sliced = parameter_axis(network, value, node, found[node].axis)
-        if isinstance(attribute(network, root), nn.Parameter) and sliced is not None:
-            counted.add(root)
-            source = next(n for n in node.all_input_nodes if n is not parameter)
-            result.append(Unit(node, source, True, 0, 0, 0, value.numel() // found[node].width, 0))
+    """Return the parameters with one number per channel that an operator reads by itself, or what comes of them."""
+    result: list[Unit] = []
+    if found[node].kind != "map":
+        return result
+    for constant in node.all_input_nodes:
+        axis = parameter_axis(network, constant, node, found[node].axis) if constant in network.constants else None
+        cut = cut_parameters(network, constant, axis) if axis is not None else None
+        for root in cut or []:
+            if root not in counted and is_parameter(network, root):
+                counted.add(root)
+                source = next(n for n in node.all_input_nodes if n is not constant)
+                numel = torch.Size(network.shapes[root.name]).numel()
+                result.append(Unit(node, source, True, 0, 0, 0, numel // found[node].width, 0))
     return result
 
 
 def count(network: Network, plan: ChannelPlan | None = None) -> Counts:
     """Return the costs of the network, or of what slicing it by the plan leaves (liveness closed)."""
-    return CostCounter(network, passages(network)).count(plan.kept if plan is not None else {})
+    return CostCounter(network, network.channels).count(plan.kept if plan is not None else {})
 
 
 class CostCounter:
@@ -146,24 +192,33 @@ class CostCounter:
     def count(self, kept: Mapping[str, Sequence[int]]) -> Counts:
         """Return the costs for kept channels by layer name (absent name: all), liveness closed."""
         held = held_channels(self.network, kept, self.found)
-        volume = flops = params = 0
-        again = dict.fromkeys(self.again, 0)
+        return Counts(**{name: int(self._total(held, COSTS[name])) for name in COUNTED})
+
+    def total(self, kept: Mapping[str, Sequence[int]], cost: Cost) -> float:
+        """Return one cost alone, in its own unit."""
+        return self._total(held_channels(self.network, kept, self.found), cost)
+
+    def _total(self, held: Held, cost: Cost) -> float:
+        total: float = 0
+        again = dict[str, float]()  # a module that is called twice has its parameters once
         for unit in self.units:
-            v, f, p = unit_costs(unit, held)
-            volume, flops, name = volume + v, flops + f, str(unit.node.target)
-            if name in again:  # a module that is called twice has its parameters once
-                again[name] = max(again[name], p)
+            own, name = unit_cost(unit, held, cost), str(unit.node.target)
+            if cost.of_parameters and name in self.again:
+                again[name] = max(again.get(name, 0), own)
             else:
-                params += p
-        params += sum(again.values()) + sum(n for n, node in self.loose if _runs(node, held))
-        return Counts(volume=volume, flops=flops, params=params)
+                total += own
+        loose = sum(n for n, node in self.loose if _runs(node, held)) if cost.of_parameters else 0
+        return total + sum(again.values()) + loose
 
 
 def count_executed(network: Network) -> Counts:
     """Return the costs of everything that runs, also of zeros that fill up groups or widths."""
-    found, volume, flops = passages(network), 0, 0
-    for node in found:
+    volume = flops = 0
+    for node in network.nodes:
         module = network.module_of(node)
+        if node.op == "call_function" and node.target in COMPUTED:
+            own = _computed(network, node)
+            volume, flops = volume + own[0], flops + own[1]
         if isinstance(module, READERS):
             shape, weight = network.shapes[node.name], module.weight
             assert isinstance(weight, torch.Tensor)
@@ -205,13 +260,11 @@ def _module_parameters(network: Network, node: fx.Node) -> list[nn.Parameter]:
     return list(module.parameters()) if module is not None else []
 
 
-def unit_costs(unit: Unit, held: Held) -> tuple[int, int, int]:
-    """Return volume, FLOPs and parameters of a unit with the channels that are held."""
-    out = held[unit.node]
-    n_out = int(out.sum())
-    pairs = n_out if unit.alone else _pairs(unit, held)
-    constant = unit.constant if n_out else 0
-    return unit.area * n_out, unit.flop_rate * pairs, unit.weights * pairs + unit.vectors * n_out + constant
+def unit_cost(unit: Unit, held: Held, cost: Cost) -> float:
+    """Return what a unit costs with the channels that are held."""
+    rates, n_out = cost.rates(unit), int(held[unit.node].sum())
+    pairs = 0 if not rates.per_pair else n_out if unit.alone else _pairs(unit, held)
+    return rates.per_output * n_out + rates.per_pair * pairs + (rates.constant if n_out else 0)
 
 
 def _pairs(unit: Unit, held: Held) -> int:
@@ -223,7 +276,7 @@ def _pairs(unit: Unit, held: Held) -> int:
 
 def prunable(network: Network, found: Passages | None = None) -> dict[str, str]:
     """Return every convolution and linear layer with the reason why its outputs cannot be pruned, "" if they can."""
-    found = passages(network) if found is None else found
+    found = network.channels if found is None else found
     fixed, reasons, shared = _reaching_output(network, found), dict[str, str](), _read_elsewhere(network)
     for node, passage in found.items():
         if not isinstance(network.module_of(node), READERS):
@@ -282,39 +335,48 @@ def scaled_by(network: Network, found: Passages, node: fx.Node) -> fx.Node | Non
             if least >= _elements(network, user):
                 return None
             products.add(user)
-        elif passage.kind in ("map", "pick", "spread") and sum(n in found for n in user.all_input_nodes) == 1:
+        elif _passes_on(network, found, node, user):
             pending += [(later, min(least, _elements(network, user))) for later in user.users]
         else:
             return None
     return products.pop() if len(products) == 1 else None
 
 
+def _passes_on(network: Network, found: Passages, node: fx.Node, user: fx.Node) -> bool:
+    """Tell whether what an operator makes of a layer's channels is them alone, or a sum of as few elements."""
+    passage, sources = found[user], [n for n in user.all_input_nodes if n in found]
+    if passage.kind == "add":
+        return all(_elements(network, n) <= _elements(network, node) for n in (*sources, user))
+    return passage.kind in ("map", "pick", "spread") and len(sources) == 1
+
+
 def _elements(network: Network, node: fx.Node) -> int:
     return torch.Size(network.shapes[node.name]).numel()
 
 
+def _kind(network: Network, node: fx.Node) -> str:
+    return type(network.module_of(node) or network.body).__name__
+
+
 def layers(network: Network, plan: ChannelPlan | None = None) -> list[LayerCount]:
     """Return every operation with parameters as it is counted, in graph order."""
-    found = passages(network)
+    found = network.channels
     held = held_channels(network, plan.kept if plan is not None else {}, found)
     reasons = prunable(network, found)
     result = []
     for unit in units(network, found):
-        volume, flops, params = unit_costs(unit, held)
-        name = str(unit.node.target)
+        name = str(unit.node.target) if not any(unit.whole) else unit.node.name
         reason = reasons.get(name, "")
         result.append(
             LayerCount(
                 name=name,
-                kind=type(network.module_of(unit.node) or network.body).__name__,
+                kind=str(unit.node.target) if any(unit.whole) else _kind(network, unit.node),
                 in_channels=unit.in_width or (int(held[unit.source].sum()) if unit.source in held else 0),
                 out_channels=int(held[unit.node].sum()),
                 area=unit.area,
-                volume=volume,
-                flops=flops,
-                params=params,
+                **{metric: int(unit_cost(unit, held, COSTS[metric])) for metric in COUNTED},
                 gated=name in reasons and not reason,
-                reason=reason,
+                reason=reason or (COMPUTED_REASON if any(unit.whole) else ""),
             )
         )
     return result

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import keyword
 import operator
 import re
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -193,16 +195,16 @@ def rebuild(data: dict[str, Any]) -> tuple[fx.GraphModule, Shapes, Any]:
     root = nn.Module()
     for name, description in data["modules"].items():
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in description.items() if k != "type"}
-        attach(root, name, _MODULES_BY_NAME[description["type"]](**settings).to(_dtype(data["dtypes"][name])))
+        attach(root, name, _MODULES_BY_NAME[description["type"]](**settings).to(dtype_named(data["dtypes"][name])))
     for name, description in data["tensors"].items():
-        value = torch.zeros(description["shape"], dtype=_dtype(description["dtype"]))
+        value = torch.zeros(description["shape"], dtype=dtype_named(description["dtype"]))
         attach(root, name, value, parameter=description["parameter"])
     graph, nodes = fx.Graph(), dict[str, fx.Node]()
     for item in data["nodes"]:
         if item["op"] not in ("placeholder", "call_module", "call_function", "get_attr", "output"):
             raise ValueError(f"node kind {item['op']} is not allowed in a network file")
         if item["op"] != "call_function":
-            _check_name(item["target"], dotted=item["op"] in ("call_module", "get_attr"))
+            _check_target(item["target"], dotted=item["op"] in ("call_module", "get_attr"))
         target = _resolve(item["target"]) if item["op"] == "call_function" else item["target"]
         args, kwargs = tuple(_decode(item["args"], nodes)), _decode(item["kwargs"], nodes)
         for key in kwargs:
@@ -212,7 +214,8 @@ def rebuild(data: dict[str, Any]) -> tuple[fx.GraphModule, Shapes, Any]:
     return fx.GraphModule(root, graph), shapes, data["out_spec"]
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_named(name: str) -> torch.dtype:
+    """Return the type of a name as "torch.float32"; raises ValueError for any other name."""
     dtype = getattr(torch, name.removeprefix("torch."))
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name} is not a dtype")
@@ -224,6 +227,22 @@ def _check_name(name: str, *, dotted: bool = False) -> None:
     parts = name.split(".") if dotted else [name]
     if not all(re.fullmatch(r"\w+", part, re.ASCII) for part in parts) or not (dotted or name.isidentifier()):
         raise ValueError(f"{name!r} is not a name")
+
+
+def _check_target(name: str, *, dotted: bool) -> None:
+    """Refuse names of modules and tensors that trace would not have written: fx quotes what is no identifier."""
+    if not dotted:
+        _check_name(name)
+    elif safe_name(name) != name or not name:
+        raise ValueError(f"{name!r} is not a name")
+
+
+def safe_name(name: str) -> str:
+    """Return a dotted name of the user's as fx can write it into Python source, the same wherever that is possible."""
+    words = [unicodedata.normalize("NFKC", re.sub(r'["\\\x00-\x1f]', "_", word)) for word in name.split(".")]
+    words = [f"{word}_" if keyword.iskeyword(word) else word for word in words]
+    taken = hasattr(fx.GraphModule, words[0]) or words[0] in ("training", "meta")
+    return ".".join([f"{words[0]}_" if taken else words[0], *words[1:]])
 
 
 def attach(root: nn.Module, name: str, value: nn.Module | Tensor, *, parameter: bool = False) -> None:

@@ -18,6 +18,12 @@ MOVEMENTS = {
     aten.unflatten.int,
     aten.permute.default,
     aten.transpose.int,
+    aten.swapaxes.default,
+    aten.swapdims.default,
+    aten.moveaxis.int,
+    aten.moveaxis.intlist,
+    aten.numpy_T.default,
+    aten.adjoint.default,
     aten.t.default,
     aten.mT.default,
     aten.movedim.int,
@@ -47,8 +53,10 @@ BROADCASTS = {aten.expand.default, aten.repeat.default, aten.tile.default}
 COPIES = {aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default}
 #: movements whose arguments do not depend on the number of channels
 SHAPELESS = {aten.flatten.using_ints, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
+#: movements that ask how their input lies in memory
+VIEWS = {aten.view.default, aten._unsafe_view.default}
 #: movements whose second argument is the shape of their result
-RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default}
+RESHAPES = {*VIEWS, aten.reshape.default, aten.expand.default}
 
 
 #: elements whose numbers are looked at together: what is held beside the numbers themselves stays small

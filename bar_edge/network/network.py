@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +16,10 @@ from torch._subclasses import FakeTensorMode
 
 from bar_edge.errors import InputError
 from bar_edge.files import read_json, write_json
-from bar_edge.network.graph_json import FORMAT, describe, rebuild, tie, without_aliases
+from bar_edge.network.graph_json import FORMAT, describe, dtype_named, rebuild, tie, without_aliases
+
+if TYPE_CHECKING:
+    from bar_edge.network.channels import Passages
 
 #: how a flat tuple of outputs is returned: an index, or {"tuple" | "list": [...]} or {"dict": {name: ...}} of such
 Structure = Any
@@ -32,12 +36,26 @@ class Network(nn.Module):
     def __init__(self, body: fx.GraphModule, input_shapes: tuple[tuple[int, ...], ...], out_spec: Structure) -> None:
         super().__init__()
         self.body, self.input_shapes, self.out_spec = body, input_shapes, out_spec
+        #: what whoever hands the module over should know of its trace
+        self.notes: tuple[str, ...] = ()
         body.graph.lint()
         _check_structure(out_spec, len(body.graph.output_node().args[0]))  # type: ignore[arg-type]
         self.shapes, self.sizes = propagate_shapes(body, input_shapes)
 
     def forward(self, *inputs: Tensor) -> Any:
-        """Run the graph and return what the user's module returned."""
+        """Run the graph and return what the user's module returned.
+
+        Raises InputError for inputs of another shape than the trace's, the batch aside: sizes that forward
+        computes with are numbers in the graph.
+        """
+        for x, shape in zip(inputs, self.input_shapes, strict=False):
+            if tuple(x.shape[1:]) != shape:
+                raise InputError(
+                    f"an input of shape Nx{'x'.join(map(str, shape))}, as the network was traced",
+                    got="x".join(map(str, x.shape)),
+                    consequence="its answer would be wrong without a word",
+                    remedy="resize the images, or trace the network with --input of this size",
+                )
         return unflatten(self.body(*inputs), self.out_spec)
 
     @property
@@ -49,11 +67,32 @@ class Network(nn.Module):
         """Return the module that a node calls, or None for a function."""
         return self.body.get_submodule(str(node.target)) if node.op == "call_module" else None
 
+    @functools.cached_property
+    def constants(self) -> frozenset[fx.Node]:
+        """The tensors of the graph that depend on parameters, buffers and numbers alone."""
+        from bar_edge.network.channels import constant_nodes  # the rules read networks
+
+        return constant_nodes(self)
+
+    @functools.cached_property
+    def channels(self) -> Passages:
+        """How every tensor of the graph gets its channels, found once: the graph of a network does not change."""
+        from bar_edge.network.channels import passages
+
+        return passages(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs: what is known of the nodes of this graph is not true of those of its copy."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("channels", "constants")}
+
     @property
     def fingerprint(self) -> str:
         """Hash of the graph and its modules' settings, not of the weights, their types, which are frozen or absent."""
         described = describe(self.body, self.input_shapes, self.out_spec)
         del described["dtypes"], described["frozen"]
+        for tensor in described["tensors"].values():
+            if dtype_named(tensor["dtype"]).is_floating_point:  # the same network in float64
+                tensor["dtype"] = "torch.float32"
         for settings in described["modules"].values():
             settings.pop("affine", None)
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
@@ -145,7 +184,7 @@ def propagate_shapes(
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             module = body.get_submodule(str(n.target)) if n.op == "call_module" else None
-            same = isinstance(module, _KEEP_SHAPE)  # fake BatchNorm takes a hundredth of a second
+            same = isinstance(module, KEEP_SHAPE)  # fake BatchNorm takes a hundredth of a second
             # as dense as what a norm makes, also of an expanded tensor
             value = torch.empty_like(self.fetch_args_kwargs_from_env(n)[0][0]) if same else super().run_node(n)
             first = value[0] if isinstance(value, tuple | list) and n.target in _PAIRS else value
@@ -166,7 +205,8 @@ def propagate_shapes(
     return shapes, sizes
 
 
-_KEEP_SHAPE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout)
+#: what keeps the shape of its input
+KEEP_SHAPE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout)
 #: operators that return values and their indices: their shape is that of the values
 _PAIRS = {
     torch.ops.aten.max.dim,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bar_edge.errors import InputError
-from bar_edge.network.channels import READERS, TRANSPOSED, Passages, passages
+from bar_edge.network.channels import READERS, TRANSPOSED, Passages
 from bar_edge.network.liveness import held_channels
 from bar_edge.network.network import Network
 from bar_edge.records.latency_table import Kind, LatencyTable
@@ -55,7 +55,7 @@ def operations(network: Network, found: Passages) -> list[Operation]:
     made_by: dict[fx.Node, str] = {}  # what kind of operation makes a tensor, fused ones passed through
     for node, passage in found.items():
         module, sources = network.module_of(node), [n for n in node.all_input_nodes if n in found]
-        if not sources or passage.kind == "source":
+        if not sources or passage.kind in ("source", "made"):
             continue
         source = sources[0]
         shape = tuple(network.shapes[source.name][2:])
@@ -117,7 +117,7 @@ def _layer(module: nn.Module, depthwise: bool, shape: tuple[int, ...]) -> Kind:
 
 def largest_widths(network: Network) -> dict[Kind, tuple[int, ...]]:
     """Return every kind of operation with the largest widths that a table must hold."""
-    found, largest = passages(network), dict[Kind, tuple[int, ...]]()
+    found, largest = network.channels, dict[Kind, tuple[int, ...]]()
     for operation in operations(network, found):
         widths = tuple(found[node].width for node in operation.tensors)
         largest[operation.kind] = tuple(map(max, widths, largest.get(operation.kind, widths)))
@@ -170,9 +170,9 @@ class PricedOperations(nn.Module):
         self.register_buffer(f"full_{i}", torch.tensor(full), persistent=False)
 
     def forward(self, widths: Tensor, *, stepped: bool) -> Tensor:
-        """Return the latency in ms, a scalar.
+        """Return the latency in ms (...).
 
-        widths: (n,) float64 numbers of channels. stepped: as the hardware takes them, rounded up; otherwise
+        widths: (..., n) float64 numbers of channels. stepped: as the hardware takes them, rounded up; otherwise
         interpolated between its steps, which is differentiable.
         """
         layers, rest = self.parts(widths, stepped=stepped)
@@ -183,31 +183,31 @@ class PricedOperations(nn.Module):
         given, filled = widths, _up(widths, self.table.rounding)
         if stepped:
             widths = torch.where(filled <= self.table.step, filled, _up(filled, self.table.step))
-        layers = rest = widths.new_zeros(())
+        layers = rest = widths.new_zeros(widths.shape[:-1])
         for i, (is_layer, axes, conditional) in enumerate(self.groups):
-            own = widths[getattr(self, f"places_{i}")]
+            own = widths[..., getattr(self, f"places_{i}")]
             values: Tensor = getattr(self, f"ms_{i}")
-            first, t = _locate(getattr(self, f"knots_{i}_0"), own[:, 0])
+            first, t = _locate(getattr(self, f"knots_{i}_0"), own[..., 0])
             if axes == 1:
                 found = torch.lerp(values[first], values[first + 1], t)
             else:
-                second, u = _locate(getattr(self, f"knots_{i}_1"), own[:, 1])
+                second, u = _locate(getattr(self, f"knots_{i}_1"), own[..., 1])
                 low = torch.lerp(values[first, second], values[first, second + 1], u)
                 high = torch.lerp(values[first + 1, second], values[first + 1, second + 1], u)
                 found = torch.lerp(low, high, t)
             if conditional:
                 found = found * self._there(i, given, filled, stepped)
-            layers, rest = (layers + found.sum(), rest) if is_layer else (layers, rest + found.sum())
+            layers, rest = (layers + found.sum(-1), rest) if is_layer else (layers, rest + found.sum(-1))
         return layers, rest
 
     def _there(self, i: int, widths: Tensor, filled: Tensor, stepped: bool) -> Tensor:
         """Return which operations of a group are there; of expected widths, which hardly ever agree, mixed ones."""
         full: Tensor = getattr(self, f"full_{i}")
-        mixed, whole = (filled[getattr(self, f"{name}_{i}")] for name in ("mixed", "whole"))
+        mixed, whole = (filled[..., getattr(self, f"{name}_{i}")] for name in ("mixed", "whole"))
         if not stepped:
-            return (full < 0) & (whole.shape[1] == 0)
-        differ = (mixed[..., 0] != mixed[..., 1]).any(1) & (whole[..., 0] == whole[..., 1]).all(1)
-        return differ & ((full < 0) | (filled == widths)[full])
+            return (full < 0) & (whole.shape[-2] == 0)
+        differ = (mixed[..., 0] != mixed[..., 1]).any(-1) & (whole[..., 0] == whole[..., 1]).all(-1)
+        return differ & ((full < 0) | (filled == widths)[..., full])
 
 
 class LatencyCounter:

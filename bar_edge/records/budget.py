@@ -6,19 +6,9 @@ import dataclasses
 import re
 
 from bar_edge.errors import InputError
+from bar_edge.records.cost import COSTS, Cost
 from bar_edge.records.counts import Metric
 
-_UNITS: dict[str, tuple[Metric, float]] = {
-    "act": ("volume", 1),
-    "FLOPs": ("flops", 1),
-    "kFLOPs": ("flops", 1e3),
-    "MFLOPs": ("flops", 1e6),
-    "GFLOPs": ("flops", 1e9),
-    "params": ("params", 1),
-    "kparams": ("params", 1e3),
-    "Mparams": ("params", 1e6),
-    "ms": ("ms", 1),
-}
 _BUDGET = re.compile(r"(?P<number>\d+(?:\.\d*)?|\.\d+)(?P<unit>[a-zA-Z%]+)(?::(?P<metric>[a-z]+))?")
 
 
@@ -44,16 +34,21 @@ class Budget:
             raise _bad_budget(text)
         number, unit, metric = float(match["number"]), match["unit"], match["metric"]
         if unit in ("x", "%"):
-            if metric not in (None, "volume", "flops", "params"):
+            if metric is not None and (metric not in COSTS or COSTS[metric].of_device):
                 raise _bad_budget(text)
             share = 1 / number if unit == "x" and number else number / 100
             if not 0 < share <= 1:
                 raise _bad_budget(text)
-            return cls(text=text, metric=metric or "volume", share=share)  # type: ignore[arg-type]
-        if unit not in _UNITS or metric is not None or number == 0:
+            return cls(text=text, metric=metric or "volume", share=share)
+        named = next((name for name, cost in COSTS.items() if unit in cost.suffixes), None)
+        if named is None or metric is not None or number == 0:
             raise _bad_budget(text)
-        named, factor = _UNITS[unit]
-        return cls(text=text, metric=named, absolute=number * factor)
+        return cls(text=text, metric=named, absolute=number * COSTS[named].suffixes[unit])
+
+    @property
+    def cost(self) -> Cost:
+        """Return what it limits."""
+        return COSTS[self.metric]
 
     def limit(self, full: float) -> float:
         """Return the limit in the metric's unit, given the full network's cost in that unit."""

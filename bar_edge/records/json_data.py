@@ -42,7 +42,7 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 def _value(hint: Any, data: Any, name: str) -> Any:
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(data, dict):
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(data, dict):
         fields = {field.name for field in dataclasses.fields(hint) if field.init}
         known = {key: _value(_hints(hint)[key], data[key], f"{name}.{key}") for key in fields & data.keys()}
         return typing.cast(Any, hint)(**known)

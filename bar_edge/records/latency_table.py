@@ -9,6 +9,7 @@ from typing import Any
 
 from bar_edge.errors import InputError
 from bar_edge.files import read_json, write_json
+from bar_edge.records.lowering import Lowering
 
 _KIND = re.compile(
     r"(?P<op>[a-z]+)(?: (?P<kernel>\d+(?:x\d+)*))?(?: /(?P<stride>\d+))?(?: d(?P<dilation>\d+))?"
@@ -85,7 +86,7 @@ class LatencyTable:
     """Prices of one device and runtime, and how they add up to the latency of a whole network in ms."""
 
     #: form in which networks are exported for it, and to multiples of what that rounds their widths
-    lowering: str
+    lowering: Lowering
     rounding: int
     #: widths above it cost as rounded up to multiples of it: the hardware's steps
     step: int
@@ -114,7 +115,7 @@ class LatencyTable:
 
     def save(self, path: Path) -> None:
         """Write the table as JSON (schema 1)."""
-        write_json(path, {"schema": 1, **dataclasses.asdict(self)})
+        write_json(path, {"schema": 1, **dataclasses.asdict(self), "lowering": str(self.lowering)})
 
     @classmethod
     def load(cls, path: Path) -> LatencyTable:
@@ -130,7 +131,8 @@ class LatencyTable:
                 for text, found in data.pop("prices").items()
             }
             checks = tuple((float(a), float(b)) for a, b in data.pop("checks"))
-            return cls(prices=prices, checks=checks, lines=tuple(data.pop("lines")), **data)
+            lowering, lines = Lowering.parse(data.pop("lowering")), tuple(data.pop("lines"))
+            return cls(lowering=lowering, prices=prices, checks=checks, lines=lines, **data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 "a latency table that `bar-edge profile` wrote", got=f"{path.name}: {type(error).__name__}: {error}"

@@ -12,12 +12,11 @@ import jinja2
 from markupsafe import Markup
 
 from bar_edge.errors import InputError
-from bar_edge.records import Latency
+from bar_edge.records import COSTS, Latency
+from bar_edge.records.cost import write_cost
 from bar_edge.report import plots
 from bar_edge.report.run_files import RunFiles, read_run
 
-_COSTS = {"volume": "activation volume", "flops": "FLOPs", "params": "parameters"}
-_UNITS = {"volume": "activations", "flops": "FLOPs", "params": "parameters"}
 _PERCENTILES = (50, 90, 99)
 _PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 
@@ -111,14 +110,15 @@ def _costs(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     dense, sliced = result["dense"], result["sliced"]
     return [
         {
-            "cost": label,
+            "cost": cost.title,
             "dense": dense[key],
             "mixed": sliced[key],
             "mixed_factor": _factor(dense[key], sliced[key]),
             "regular": sliced.get(f"{key}_regular"),
             "regular_factor": _factor(dense[key], sliced.get(f"{key}_regular")),
         }
-        for key, label in _COSTS.items()
+        for key, cost in COSTS.items()
+        if key in dense
     ]
 
 
@@ -167,7 +167,7 @@ def _latencies(measurements: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _unit(budget: Mapping[str, Any]) -> str:
-    return _UNITS.get(budget["unit"], str(budget["unit"]))
+    return COSTS[budget["unit"]].unit
 
 
 def _factor(before: float | None, after: float | None) -> float | None:
@@ -193,12 +193,8 @@ def _number(value: object, digits: int = 2) -> str:
     return f"{value:,.{digits}f}"
 
 
-def _short(value: float) -> str:
-    """Write a count so that a phone shows three of them side by side."""
-    for power, sign in ((1e9, "G"), (1e6, "M")):
-        if value >= power:
-            return f"{value / power:.4g} {sign}"
-    return f"{value:,.0f}"
+def _cost(value: float | None, short: bool = False) -> str:
+    return "not measured" if value is None else write_cost(value, short=short)
 
 
 def _percent(value: float | None) -> str:
@@ -213,7 +209,7 @@ def _render(template: str, context: Mapping[str, Any], out: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "percent": _percent, "short": _short, "words": _words}
+    environment.filters |= {"number": _number, "percent": _percent, "cost": _cost, "words": _words}
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     text = environment.get_template(template).render(style=Markup(re.sub(r"\s+", " ", style)), **context)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")

@@ -73,7 +73,7 @@ def metric_curve(metrics: Sequence[Mapping[str, Any]], name: str) -> str | None:
         if place:
             axes.axvline(first, color=FAINT, linewidth=1)
         axes.text((first + last) / 2, 1.01, phase, transform=axes.get_xaxis_transform(), ha="center")
-    axes.set(xlabel="step", ylabel=name)
+    axes.set(xlabel="step", ylabel=name, xlim=(0, max(last for _, last in spans.values())))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return _svg(figure, f"{name} on held-out images over the steps of all phases")

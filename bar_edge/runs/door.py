@@ -15,12 +15,12 @@ from bar_edge.data import check_data
 from bar_edge.data.augment import parse as parse_augmentation
 from bar_edge.data.memory import RANDOM
 from bar_edge.errors import EnvironmentLacks, InputError
-from bar_edge.lowering.lower import PAPER
-from bar_edge.lowering.placement import Form
+from bar_edge.methods.method import find_method
 from bar_edge.models.zoo import check_model
 from bar_edge.network import is_network_folder
 from bar_edge.records import Budget
 from bar_edge.records.latency_table import LatencyTable
+from bar_edge.records.lowering import Lowering
 from bar_edge.requests import (
     BenchRequest,
     DeployRequest,
@@ -30,8 +30,9 @@ from bar_edge.requests import (
     located,
     prune_request,
 )
-from bar_edge.targets import target as targets
-from bar_edge.targets.tensorrt.engine import import_tensorrt
+from bar_edge.targets.table import TARGETS, check_target, runtime_of
+from bar_edge.targets.tensorrt.bindings import import_tensorrt
+from bar_edge.targets.tensorrt.target import engine_options
 from bar_edge.training import check_task, choose_device
 
 TENSORRT = "tensorrt"
@@ -41,6 +42,7 @@ _NOTHING = "nothing was started"
 
 def check_prune(request: PruneRequest, out: Path, *, resume: bool) -> None:
     """Raise InputError or EnvironmentLacks for what `prune` could not do; the folder must be free, or resumed."""
+    find_method(request.method)
     check_spec(request.model, request.model_arg)
     check_data(request.data)
     check_task(request.task)
@@ -56,13 +58,13 @@ def check_prune(request: PruneRequest, out: Path, *, resume: bool) -> None:
 
 def check_export(request: ExportRequest) -> None:
     """Raise InputError or EnvironmentLacks for what `export` could not do, whatever the run."""
-    targets.check_target(request.target, request.precision, request.recipe, request.on, request.max_drop)
-    targets.engine_options(request.engine)
+    check_target(request.target, request.precision, request.recipe, request.on, request.max_drop)
+    engine_options(request.engine)
     check_lowering(request.lowering)
     check_place(request.on)
     if request.runtime is not None:
         # where nothing is measured to choose, it need not be here
-        check_runtime(request.runtime, "local" if request.target in targets.RUNTIMES else "")
+        check_runtime(request.runtime, "local" if runtime_of(request.target) else "")
     if request.data == RANDOM and request.max_drop is not None:
         raise InputError("--data with labels for --max-drop", got=RANDOM, consequence="nothing was written")
     if request.data is not None and request.data != RANDOM:
@@ -94,8 +96,8 @@ def stored_request(run: Path, request: ExportRequest, *, trust: bool) -> PruneRe
 
 def computes_metric(request: ExportRequest) -> bool:
     """Tell whether the file is scored on images: all but those in float32, of random images, and without a runtime."""
-    final = request.precision == "fp32" and request.target in targets.RUNTIMES
-    return not final and request.data != RANDOM and (request.target, request.precision) not in targets.UNSCORED
+    final = request.precision == "fp32" and runtime_of(request.target) is not None
+    return not final and request.data != RANDOM and request.precision not in TARGETS[request.target].unscored
 
 
 def check_bench(request: BenchRequest, runtime: str) -> None:
@@ -139,7 +141,7 @@ def check_profile(runtime: str, lowering: str, on: str, threads: int) -> None:
 
 def judge(target: str) -> str:
     """Return the runtime that measures a target's file: its own, ONNX Runtime for a file of no target."""
-    return TENSORRT if target.startswith("trt") else targets.RUNTIMES.get(target, "onnxruntime-cpu")
+    return TENSORRT if target.startswith("trt") else runtime_of(target) or "onnxruntime-cpu"
 
 
 def check_spec(model: str, model_args: tuple[str, ...]) -> None:
@@ -156,9 +158,7 @@ def check_file(path: Path | None, option: str) -> None:
 
 def check_lowering(text: str) -> None:
     """Raise InputError unless a lowering is auto, paper or forms."""
-    if text not in ("auto", PAPER):
-        for form in text.split(","):
-            Form.parse(form)
+    Lowering.parse_or_auto(text)
 
 
 def check_place(on: str) -> None:
@@ -191,7 +191,7 @@ def check_runtime(runtime: str, on: str) -> None:
 
 def check_priced(lowering: str, table: Path) -> None:
     """Raise InputError for a lowering that a table of latencies has no prices for."""
-    priced = LatencyTable.load(table).lowering
+    priced = str(LatencyTable.load(table).lowering)
     if lowering not in ("auto", priced):
         raise InputError(
             f"--lowering {priced}, which the table prices",
@@ -203,7 +203,7 @@ def check_priced(lowering: str, table: Path) -> None:
 
 def check_budget_needs(budget: str, table: Path | None) -> None:
     """Raise InputError for a text that is no budget, or one in ms without a table to read it by."""
-    if Budget.parse(budget).metric == "ms" and table is None:
+    if Budget.parse(budget).cost.of_device and table is None:
         raise InputError(
             "a latency table for a budget in ms",
             got=budget,

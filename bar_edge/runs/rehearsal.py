@@ -21,6 +21,7 @@ from bar_edge.methods import GateLayout, random_plan
 from bar_edge.network import Network
 from bar_edge.network.trace import source_line
 from bar_edge.records import ChannelPlan, Metric
+from bar_edge.records.lowering import Lowering
 from bar_edge.records.result import PARITY_LIMIT
 from bar_edge.surgery import masked_outputs, relative_difference, slice_network
 from bar_edge.targets.onnx.file import export_onnx, parity_onnx
@@ -29,7 +30,7 @@ from bar_edge.training import Task, choose_device, choose_precision
 from bar_edge.training.tasks import Checks
 
 #: form in which the rehearsal exports, which every network has
-FORM = "slices"
+FORM = Lowering.parse("slices")
 _NOTHING = "nothing was started: this would have failed after the training"
 
 

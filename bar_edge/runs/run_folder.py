@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import itertools
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bar_edge.config import TrainConfig, to_toml
+from bar_edge.config import PHASES, TrainConfig, to_toml
 from bar_edge.data import Split
+from bar_edge.data.source import Targets
 from bar_edge.errors import InputError
 from bar_edge.files import read_json, write_json
 from bar_edge.lowering.widen import regular_form
-from bar_edge.methods import BAR, GateLayout, budget_limit, random_plan
+from bar_edge.methods import GateLayout, budget_limit
 from bar_edge.methods.distillation import soft_cross_entropy
-from bar_edge.methods.gating.projection import project
+from bar_edge.methods.gating.projection import plan_within
+from bar_edge.methods.method import Context, Pruner, Scored, find_method
 from bar_edge.network import Network, count, is_network_folder, layers
 from bar_edge.progress import Progress
 from bar_edge.records import Budget, ChannelPlan
@@ -42,7 +45,7 @@ from bar_edge.surgery import masked_outputs, relative_difference, slice_network
 from bar_edge.training import Distills, Journal, Phase, evaluate, train
 from bar_edge_calibration import reestimate_batchnorm
 
-REESTIMATION_BATCHES = 50
+STATISTICS_BATCHES = 50
 
 
 class Run:
@@ -51,11 +54,18 @@ class Run:
     def __init__(
         self, config: PruneRequest, material: Material, out: Path, *, resume: bool, progress: Progress
     ) -> None:
-        config = portable(config)
-        self.config, self.out, self.progress = config, out, progress
         self.task, self.data, self.network = material.task, material.data, material.network
+        train = config.train.chosen(len(self.data.fit))
+        if train != config.train:
+            epochs = ", ".join(f"{phase} {getattr(train, phase)}" for phase in PHASES)
+            images = f"{len(self.data.fit):,}"
+            progress.note(f"by the number of training images, {images}: epochs {epochs}; batch {train.batch}")
+        config = portable(dataclasses.replace(config, train=train))
+        self.config, self.out, self.progress = config, out, progress
+        self.batch, self.epochs = train.batch or 1, {phase: int(getattr(train, phase) or 0) for phase in PHASES}
+        self.method = find_method(config.method)
         self.table = LatencyTable.load(Path(config.table)) if config.table else None
-        self.layout = self._layout(self.network)
+        self.layout = self.layout_of(self.network)
         self.budget = Budget.parse(config.budget)
         self.limit = budget_limit(self.layout, self.budget)
         if not is_network_folder(out / "dense"):  # nothing is trained yet
@@ -91,75 +101,69 @@ class Run:
         if plan_file.is_file():
             state = read_json(folder / "state.json")
             self.parity = float(state["parity"])
-            self.end = state["end"]
             return Network.load(folder), ChannelPlan.from_json(read_json(plan_file)), int(state["forced"])
-        if self.config.method == "bar":
-            folded, plan, forced = self._bar(dense, teacher)
-        else:
-            plan = random_plan(self._layout(dense), self.budget.metric, self.limit, self.config.seed)
-            folded, forced, self.end = dense, 0, {}
-        sliced = slice_network(folded, plan)
-        self.parity = masked_parity(folded, plan, sliced, self._images())
-        if self.config.method == "random":
-            self._train(sliced, "prune", teacher=teacher)
+        scored = self._scored(dense, teacher)
+        plan, forced = plan_within(self.layout_of(scored.network), scored, self.budget.metric, self.limit)
+        sliced = self._sliced(scored.network, plan, teacher)
         sliced.save(folder)
-        write_json(folder / "state.json", {"parity": self.parity, "forced": forced, "end": self.end})
+        write_json(folder / "state.json", {"parity": self.parity, "forced": forced})
         write_json(plan_file, plan.to_json())
         return sliced, plan, forced
-
-    def _bar(self, dense: Network, teacher: nn.Module) -> tuple[Network, ChannelPlan, int]:
-        c = self.config
-        steps = self.data.fit.n_batches(c.train.batch, True) * c.train.prune
-        pruner = BAR(
-            dense,
-            budget=c.budget,
-            steps=steps,
-            teacher=teacher if isinstance(self.task, Distills) else None,
-            config=c.bar,
-            distill=c.distill,
-            soft_loss=self.task.distill if isinstance(self.task, Distills) else soft_cross_entropy,
-            keep=c.keep,
-            round_to=c.round_to,
-            table=self.table,
-            seed=c.seed,
-        )
-        self._train(pruner.network, "prune", pruner=pruner)
-        if c.train.prune:
-            self._reestimate(pruner.network.eval())  # sampled gates left statistics that the final gates do not have
-        folded, plan, end = pruner.finish()
-        self.end = end
-        gates = pruner.network.gates  # what a measurement may ask to be projected again
-        found = {"scores": gates.log_alpha.detach().cpu().clone(), "opened": gates.opened().cpu()}
-        save_file(found, self.out / "checkpoints" / "gates.safetensors")
-        folded.save(self.out / "checkpoints" / "folded")
-        return folded, plan, int(end["forced"])
 
     def corrected(self, limit: float) -> tuple[Network, ChannelPlan, int]:
         """Project the scores that training left onto another limit in ms, slice, fine-tune for a third of the epochs.
 
         A lower limit leaves channels out of the plan before, a higher one adds those that were closed last.
         """
-        dense, tune = self.dense(), self.config.train.tune
+        dense = self.dense()
+        shorter = dataclasses.replace(self.config.train, tune=-(-self.epochs["tune"] // 3))
         teacher = self.teacher(dense)
-        if self.config.method == "bar":
-            folded = Network.load(self.out / "checkpoints" / "folded")
-            gates = load_file(self.out / "checkpoints" / "gates.safetensors")
-            everything = torch.ones_like(gates["opened"])
-            plan, closed = project(self._layout(folded), gates["scores"], everything, "ms", limit)
-            forced = max(0, closed - int((~gates["opened"]).sum()))
-        else:
-            folded, forced = dense, 0
-            plan = random_plan(self._layout(dense), "ms", limit, self.config.seed)
-        sliced = slice_network(folded, plan)
-        self.parity = masked_parity(folded, plan, sliced, self._images())
-        shorter = dataclasses.replace(self.config.train, tune=-(-tune // 3))
-        if self.config.method == "random":
-            self._train(sliced, "prune", teacher=teacher, again=shorter)
+        scored = self._scored(dense, teacher)
+        plan, forced = plan_within(self.layout_of(scored.network), scored, self.budget.metric, limit, reopen=True)
+        sliced = self._sliced(scored.network, plan, teacher, again=shorter)
         self.tune(sliced, teacher, shorter)
         write_json(self.out / "plan.json", plan.to_json())
         return sliced, plan, forced
 
-    def _layout(self, network: Network) -> GateLayout:
+    def _scored(self, dense: Network, teacher: nn.Module) -> Scored:
+        """Return what the method leaves; from checkpoints/, if it has been done."""
+        file, folder = self.out / "checkpoints" / "gates.safetensors", self.out / "checkpoints" / "folded"
+        if file.is_file():
+            gates = load_file(file)
+            network, forced = Network.load(folder), int(gates.get("forced", 0))
+            return Scored(network=network, scores=gates["scores"], opened=gates.get("opened"), forced=forced)
+        scored = self.method.score(dense, self._context(dense, teacher))
+        scored.network.save(folder)
+        left = {"scores": scored.scores, "opened": scored.opened, "forced": torch.tensor(scored.forced)}
+        save_file({name: value.cpu() for name, value in left.items() if value is not None}, file)
+        return scored
+
+    def _context(self, dense: Network, teacher: nn.Module) -> Context:
+        distills = isinstance(self.task, Distills)
+        return Context(
+            config=self.config,
+            layout=self.layout_of(dense),
+            budget=self.budget,
+            limit=self.limit,
+            steps=self.data.fit.n_batches(self.batch, True) * self.epochs["prune"],
+            teacher=teacher if distills else None,
+            soft_loss=self.task.distill if isinstance(self.task, Distills) else soft_cross_entropy,
+            train=lambda network, pruner: self._train(network, "prune", pruner=pruner),
+            batches=self._batches,
+        )
+
+    def _sliced(
+        self, network: Network, plan: ChannelPlan, teacher: nn.Module, again: TrainConfig | None = None
+    ) -> Network:
+        """Slice, note the parity, and train for the epochs of the prune phase if the method has not used them."""
+        sliced = slice_network(network, plan)
+        self.parity = masked_parity(network, plan, sliced, self._images())
+        if not self.method.trains:
+            self._train(sliced, "prune", teacher=teacher, again=again)
+        return sliced
+
+    def layout_of(self, network: Network) -> GateLayout:
+        """Return the gates of a network, as the run's options have them."""
         return GateLayout(network, keep=self.config.keep, round_to=self.config.round_to, table=self.table)
 
     def tune(self, sliced: Network, teacher: nn.Module, again: TrainConfig | None = None) -> None:
@@ -168,7 +172,7 @@ class Run:
         again: how, for a second time, which leaves no trace in the journal.
         """
         self.reestimated = False
-        if self.config.train.tune:
+        if self.epochs["tune"]:
             self._train(sliced, "tune", teacher=teacher, again=again)
             return
         before, kept = copy.deepcopy(sliced.state_dict()), self.evaluate(sliced, "held_out")
@@ -180,9 +184,13 @@ class Run:
 
     def _reestimate(self, network: nn.Module) -> None:
         """Measure BatchNorm statistics anew on training images."""
-        device, batch = next(network.parameters()).device, self.config.train.batch
-        batches = self.data.fit.batches(batch, train=True, seed=0, epoch=0, device=device, augment="none")
-        reestimate_batchnorm(network, (images for images, _ in itertools.islice(batches, REESTIMATION_BATCHES)))
+        device = next(network.parameters()).device
+        reestimate_batchnorm(network, (images for images, _ in self._batches(device)))
+
+    def _batches(self, device: torch.device) -> Iterator[tuple[Tensor, Targets]]:
+        """Yield training images for statistics: not augmented, always the same."""
+        batches = self.data.fit.batches(self.batch, train=True, seed=0, epoch=0, device=device, augment="none")
+        return itertools.islice(batches, STATISTICS_BATCHES)
 
     def judged(self, dense: Network, sliced: Network, plan: ChannelPlan, forced: int) -> Pruned:
         """Read the test split once, write network/ and result.json, and return what the run came to."""
@@ -198,7 +206,7 @@ class Run:
             sliced=Side.of(count(sliced), self.evaluate(sliced, "test"), count(regular_form(sliced))),
             parity=Parity(masked_vs_sliced=self.parity),
             layers=_layer_results(dense, plan),
-            end_of_pruning={**self.end, "forced": forced},
+            end_of_pruning={"forced": forced},
             batchnorm_reestimated=self.reestimated,
             max_drop=self.config.max_drop,
             input=InputResult(
@@ -217,7 +225,7 @@ class Run:
             limit=self.limit,
             achieved=achieved,
             within=achieved <= self.limit,
-            basis="table" if self.budget.metric == "ms" else "counted",
+            basis=self.budget.cost.basis,
             words=describe_budget(self.layout, self.budget)["words"],
         )
 
@@ -225,7 +233,7 @@ class Run:
         """Return the task's metric of a network on a split."""
         train = self.config.train
         part: Split = getattr(self.data, split)
-        return evaluate(network, part, self.task, batch=train.batch, device=train.device, precision=train.precision)
+        return evaluate(network, part, self.task, batch=self.batch, device=train.device, precision=train.precision)
 
     def _train(
         self,
@@ -233,7 +241,7 @@ class Run:
         phase: Phase,
         *,
         teacher: nn.Module | None = None,
-        pruner: BAR | None = None,
+        pruner: Pruner | None = None,
         again: TrainConfig | None = None,
     ) -> None:
         train(
@@ -341,14 +349,14 @@ def describe_budget(layout: GateLayout, budget: Budget) -> dict[str, Any]:
     """Return a budget in all units, with what a uniform scaling of all widths would cost."""
     limit = budget_limit(layout, budget)
     factor = layout.cost({}, budget.metric) / limit
-    flops = factor**2 if budget.metric == "volume" else factor
     words = f"{factor:.4g}x {budget.metric} = {limit:,.0f}"
-    if budget.metric == "ms":
-        words = f"{limit:g} ms, {factor:.4g}x below the whole network by the table"
+    if budget.cost.of_device:
+        words = f"{limit:g} {budget.cost.unit}, {factor:.4g}x below the whole network by the table"
         if factor <= 1:
-            words = f"{limit:g} ms, and the whole network takes {factor * limit:.4g} by the table: nothing to prune"
-    if budget.metric == "volume":
-        words += f", expect about {flops:.3g}x FLOPs if all widths shrink alike"
+            words = f"{limit:g} {budget.cost.unit}, and the whole network takes {factor * limit:.4g} by the table: "
+            words += "nothing to prune"
+    if budget.cost.by_width:
+        words += f", expect about {factor**2:.3g}x FLOPs if all widths shrink alike"
     return {"text": budget.text, "unit": budget.metric, "limit": limit, "factor": factor, "words": words}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from bar_edge.network.channels import Passage, Passages
 from bar_edge.network.liveness import Held
+from bar_edge.surgery.union_find import Unions
 
 #: classes of at most so many different channels are ordered exactly
 EXACT = 6
@@ -32,26 +33,21 @@ def is_identity(passage: Passage) -> bool:
 
 def joins(passage: Passage) -> bool:
     """Tell whether a tensor's channels are those of its inputs: sums, products, operators on each channel."""
-    return passage.kind in ("add", "mul") or is_identity(passage)
+    first, last = (passage.links[0], passage.links[-1]) if passage.links else (None, None)
+    halves = first is not None and last is not None and first.source is last.source  # glu
+    halves = halves and not torch.equal(passage.links[0].inputs, passage.links[-1].inputs)
+    return (passage.kind in ("add", "any", "mul") and not halves) or is_identity(passage)
 
 
 def streams(found: Passages) -> dict[fx.Node, fx.Node]:
     """Map every tensor to the first tensor of its stream: those joined by additions and per-channel operators."""
-    parent: dict[fx.Node, fx.Node] = {}
-
-    def root(node: fx.Node) -> fx.Node:
-        while parent[node] is not node:
-            node = parent[node]
-        return node
-
+    unions = Unions[fx.Node]()
     for node, passage in found.items():
-        parent[node] = node
         if joins(passage):
             for link in passage.links:
                 if passage.kind != "mul" or found[link.source].width == passage.width:
-                    a, b = root(link.source), root(node)
-                    parent[b] = a
-    return {node: root(node) for node in found}
+                    unions.join(link.source, node)
+    return {node: unions.root(node) for node in found}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,14 +66,7 @@ def joined_streams(found: Passages) -> list[Stream]:
     """Return the streams in which tensors meet, in graph order."""
     stream = streams(found)
     meet = {stream[node] for node, passage in found.items() if passage.kind in ("add", "mul")}
-    parent: list[int] = []
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
+    unions, start = Unions[int](), 0
     own: dict[fx.Node, list[int]] = {}
     for node, passage in found.items():
         if stream[node] not in meet:
@@ -85,19 +74,17 @@ def joined_streams(found: Passages) -> list[Stream]:
         if is_identity(passage) and passage.width == found[passage.links[0].source].width:
             own[node] = own[passage.links[0].source]
             continue
-        start = len(parent)
-        parent += range(start, start + passage.width)
         own[node] = list(range(start, start + passage.width))
         for link in passage.links if joins(passage) else ():
             if stream[link.source] is stream[node]:
                 for i, o in zip(link.inputs.tolist(), link.outputs.tolist(), strict=True):
-                    a, b = root(own[link.source][i]), root(start + o)
-                    parent[max(a, b)] = min(a, b)
+                    unions.join(own[link.source][i], start + o)
+        start += passage.width
     number: dict[fx.Node, dict[int, int]] = {}
     channels: dict[fx.Node, dict[fx.Node, tuple[int, ...]]] = {}
     for node, ids in own.items():
         numbers = number.setdefault(stream[node], {})
-        numbered = tuple(numbers.setdefault(root(i), len(numbers)) for i in ids)
+        numbered = tuple(numbers.setdefault(unions.root(i), len(numbers)) for i in ids)
         channels.setdefault(stream[node], {})[node] = numbered
     return [Stream(len(number[first]), tensors) for first, tensors in channels.items()]
 

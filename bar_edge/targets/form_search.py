@@ -6,64 +6,23 @@ import dataclasses
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bar_edge.bench import bench_onnx, compare
+from bar_edge.bench import Measurement, bench_onnx, compare
 from bar_edge.bench.statistics import median_ms
 from bar_edge.lowering.lower import lower, stream_sizes
-from bar_edge.lowering.packing import Packing
-from bar_edge.lowering.placement import Form
 from bar_edge.network import Network
 from bar_edge.progress import NoProgress, Progress
+from bar_edge.records.lowering import Form, Lowering, Packing
 from bar_edge.targets.onnx.file import Preprocessing, export_onnx
+from bar_edge.targets.row import Forms
+from bar_edge.targets.table import forms_for
 
-#: (runtime, precision) -> forms worth a try, the most promising first (docs/mixed_connectivity.md)
-CANDIDATES = {
-    ("onnxruntime-cpu", "fp32"): ("gather:4", "pointwise:16", "slices:4", "regular:16", "scatter", "regular"),
-    ("openvino-cpu", "fp32"): ("slices", "pointwise", "slices:4", "pointwise:16", "regular:16", "regular"),
-    ("onnxruntime-cpu", "int8"): (
-        "pointwise:16",
-        "deferred:4",
-        "deferred:16",
-        "gather:16",
-        "slices:16",
-        "gather:4",
-        "regular:16",
-        "regular",
-    ),
-    ("openvino-cpu", "int8"): (
-        "zero-filled:32",
-        "zero-filled:16",
-        "pointwise:4-16",
-        "zero-filled:4-16",
-        "regular:16",
-        "pointwise:16",
-        "slices:16",
-        "regular",
-    ),
-    ("openvino-cpu", "bf16"): (
-        "pointwise:16",
-        "pointwise:4-16",
-        "zero-filled:32",
-        "slices:16",
-        "zero-filled:16",
-        "regular:16",
-        "pointwise:32",
-        "regular",
-    ),
-}
-#: (runtime, precision) -> packings worth a try; elsewhere few channels cost less than what packing adds
-PACKINGS: dict[tuple[str, str], tuple[Packing, ...]] = {
-    ("onnxruntime-cpu", "int8"): ((2, 2), (1, 2)),
-    ("openvino-cpu", "int8"): ((2, 2),),
-    ("openvino-cpu", "bf16"): ((2, 2),),
-    ("openvino-cpu", "fp32"): ((2, 2),),
-}
-#: for a runtime that is not among them
-ELSEWHERE = ("gather:4", "pointwise:16", "slices", "regular:16", "regular")
-REGULAR, DENSE = "regular", "dense"
+REGULAR, PLAIN_WIDTHS = Lowering.parse("regular"), Lowering.parse("slices")
+#: the dense network's file among those of lowerings
+DENSE = "dense"
 #: how long each file is measured, in seconds: to choose, and to judge the choice
 CHOOSE_S, JUDGE_S = 0.5, 1.5
 #: share of the time after which no further form is tried for the whole network
@@ -74,16 +33,22 @@ WHOLE = 0.6
 class Choice:
     """A lowering, and what was measured to choose it."""
 
-    lowering: str
-    #: whether the file is faster than the dense network's
+    lowering: Lowering
+    #: whether the file is faster than the dense network's beyond doubt: in the 95 % interval
     faster: bool
     #: medians in ms of one fresh process: the lowering chosen, the regular form and the dense network
     chosen_ms: float
     regular_ms: float
     dense_ms: float
     #: lowering -> median in ms, of the measurement that it was chosen by
-    tried_ms: dict[str, float]
+    tried_ms: dict[Lowering, float]
     environment: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the choice as JSON data, lowerings as text."""
+        tried = {str(lowering): ms for lowering, ms in self.tried_ms.items()}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**fields, "lowering": str(self.lowering), "tried_ms": tried}
 
 
 def choose_lowering(
@@ -107,116 +72,148 @@ def choose_lowering(
     again by its text. Raises what `bench_onnx` and `export_onnx` raise.
     """
     progress, start = progress or NoProgress(), time.monotonic()
-    sizes = stream_sizes(network)
-    streams = len(sizes)
-    known: tuple[str, ...] = CANDIDATES.get((runtime, precision), ELSEWHERE)
-    candidates = [c for c in known if streams or c.startswith("slices")]
+    sizes, known = stream_sizes(network), forms_for(runtime, precision)
+    # what a file of integers computes in is in the file
+    options = {"runtime": runtime, "threads": threads, "precision": precision if convert is None else "fp32"}
     with tempfile.TemporaryDirectory() as folder:
-        trial = _Trial(network, dense, streams, Path(folder), preprocessing, convert)
-        # what a file of integers computes in is in the file
-        trial.options = {"runtime": runtime, "threads": threads, "precision": precision if convert is None else "fp32"}
-        packings = PACKINGS.get((runtime, precision), ()) if streams else ()
-        others = len(candidates) - 1 if streams > 1 else 0
-        progress.phase("lowering", 1, len(candidates) + len(packings) + others)
-        files: list[str] = []
-        for i, candidate in enumerate([*candidates, REGULAR] if streams else candidates):
-            if candidate not in files and (i < 1 or candidate == REGULAR or _left(start, seconds) > 1 - WHOLE):
-                trial.export(candidate)
-                files.append(candidate)
-            progress.step({"phase": "lowering", "epoch": 1, "step": min(i + 1, len(candidates))})
-        tried = trial.measure(files)
-        order = sorted(tried, key=tried.__getitem__)
-        best = order[0]
-        for done, packing in enumerate(packings, len(candidates) + 1):
-            for size in dict.fromkeys(sizes):  # the largest images, and so the narrowest layers, first
-                before = best
-                if _left(start, seconds) > 0:
-                    best = trial.changed(tried, best, [i for i in range(streams) if sizes[i] == size], packing=packing)
-                if best == before:
-                    break
-            progress.step({"phase": "lowering", "epoch": 1, "step": done})
-        for done, other in enumerate(order[1 : others + 1], len(candidates) + len(packings) + 1):
-            for i in range(streams):
-                if _left(start, seconds) > 0:
-                    best = trial.changed(tried, best, [i], form=other)
-            progress.step({"phase": "lowering", "epoch": 1, "step": done})
-        regular = REGULAR if streams else "slices"
-        trial.export(regular)
-        trial.export(DENSE)
+        trial = _Trial(network, dense, sizes, Path(folder), preprocessing, convert, options)
+        search = _Search(trial, progress, start, seconds, known if sizes else _roundings(known))
+        best, tried = search.run()
+        regular = REGULAR if sizes else PLAIN_WIDTHS
         # a fresh process: of many candidates the one that was lucky looks best
-        last = list(dict.fromkeys([best, regular, DENSE]))
-        measured = trial.bench(last, JUDGE_S)
-        medians = dict(zip(last, map(median_ms, measured), strict=True))
+        last = list(dict.fromkeys([best, regular]))
+        trial.export(regular)
+        trial.export(None)
+        measured = trial.bench([*last, None], JUDGE_S)
+    *medians, dense_ms = map(median_ms, measured)
+    judged = dict(zip(last, medians, strict=True))
     progress.done()
-    chosen = min((best, regular), key=medians.__getitem__)
-    progress.note(
-        f"lowering {chosen}: {medians[chosen]:.3f} ms; regular {medians[regular]:.3f}, dense {medians[DENSE]:.3f}"
-    )
+    chosen = min((best, regular), key=judged.__getitem__)
+    progress.note(f"lowering {chosen}: {judged[chosen]:.3f} ms; regular {judged[regular]:.3f}, dense {dense_ms:.3f}")
     return Choice(
         lowering=chosen,
-        faster=medians[chosen] < medians[DENSE],
-        chosen_ms=medians[chosen],
-        regular_ms=medians[regular],
-        dense_ms=medians[DENSE],
+        faster=compare(measured[last.index(chosen)], measured[-1]).low > 1,
+        chosen_ms=judged[chosen],
+        regular_ms=judged[regular],
+        dense_ms=dense_ms,
         tried_ms=tried,
         environment=measured[0].environment,
     )
+
+
+def _roundings(known: Forms) -> Forms:
+    """Return what is worth a try for a network without additions: each width as it is, or rounded up."""
+    forms = [form for lowering in known.candidates for form in lowering.forms]
+    plain = (Lowering((dataclasses.replace(form, kind="slices"),)) for form in forms)
+    return Forms(candidates=tuple(dict.fromkeys(plain)))
+
+
+@dataclasses.dataclass
+class _Search:
+    """First whole networks in one form, then how pixels are packed, then the other forms, stream by stream."""
+
+    trial: _Trial
+    progress: Progress
+    start: float
+    seconds: float
+    known: Forms
+
+    def run(self) -> tuple[Lowering, dict[Lowering, float]]:
+        """Return the fastest lowering, and what each one took that was tried."""
+        sizes, streams = self.trial.sizes, len(self.trial.sizes)
+        whole = len(self.known.candidates)
+        others = whole - 1 if streams > 1 else 0
+        self.progress.phase("lowering", 1, whole + len(self.known.packings) + others)
+        tried = self._whole()
+        order = sorted(tried, key=tried.__getitem__)
+        best = order[0]
+        for done, packing in enumerate(self.known.packings, whole + 1):
+            for size in dict.fromkeys(sizes):  # the largest images, and so the narrowest layers, first
+                before = best
+                if self._left() > 0:
+                    which = [i for i in range(streams) if sizes[i] == size]
+                    best = self.trial.changed(tried, best, which, packing=packing)
+                if best == before:
+                    break
+            self._step(done)
+        for done, other in enumerate(order[1 : others + 1], whole + len(self.known.packings) + 1):
+            for i in range(streams):
+                if self._left() > 0:
+                    best = self.trial.changed(tried, best, [i], form=other.forms[0])
+            self._step(done)
+        return best, tried
+
+    def _whole(self) -> dict[Lowering, float]:
+        candidates, files = self.known.candidates, list[Lowering]()
+        for i, candidate in enumerate([*candidates, REGULAR] if self.trial.sizes else candidates):
+            due = i < 1 or candidate == REGULAR or self._left() > 1 - WHOLE
+            if candidate not in files and due:
+                self.trial.export(candidate)
+                files.append(candidate)
+            self._step(min(i + 1, len(candidates)))
+        return self.trial.measure(files)
+
+    def _step(self, step: int) -> None:
+        self.progress.step({"phase": "lowering", "epoch": 1, "step": step})
+
+    def _left(self) -> float:
+        """Return which share of the time is left."""
+        return 1 - (time.monotonic() - self.start) / self.seconds if self.seconds > 0 else 0.0
 
 
 @dataclasses.dataclass
 class _Trial:
     network: Network
     dense: Network
-    streams: int
+    #: of the images of each stream
+    sizes: list[tuple[int, ...]]
     folder: Path
     preprocessing: Preprocessing | None
     convert: Callable[[Path], None] | None
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    #: of `bench_onnx`
+    options: dict[str, Any]
 
-    def file(self, lowering: str) -> Path:
-        """Return a file named by its lowering, or by its hash where that would be too long for a name."""
-        short = lowering if len(lowering) < 200 else hashlib.sha256(lowering.encode()).hexdigest()
+    def file(self, lowering: Lowering | None) -> Path:
+        """Return a file named by its lowering, or by its hash where that would be too long; None: the dense network."""
+        text = DENSE if lowering is None else str(lowering)
+        short = text if len(text) < 200 else hashlib.sha256(text.encode()).hexdigest()
         return self.folder / f"{short.replace(':', '_')}.onnx"
 
-    def export(self, lowering: str) -> None:
+    def export(self, lowering: Lowering | None) -> None:
+        """Write the file of a lowering, or of the dense network, unless it is there."""
         file = self.file(lowering)
         if not file.is_file():
-            form = self.dense if lowering == DENSE else lower(self.network, lowering)
+            form = self.dense if lowering is None else lower(self.network, lowering)
             export_onnx(form, form.input_shapes, file, preprocessing=self.preprocessing)
             if self.convert is not None:
                 self.convert(file)
 
     def changed(
         self,
-        tried: dict[str, float],
-        best: str,
+        tried: dict[Lowering, float],
+        best: Lowering,
         which: list[int],
         *,
-        form: str | None = None,
+        form: Form | None = None,
         packing: Packing | None = None,
-    ) -> str:
+    ) -> Lowering:
         """Return the faster one of a lowering and the same with another form or packing of some of its streams."""
-        forms = [Form.parse(text) for text in best.split(",")]
-        forms = forms if len(forms) > 1 else forms * self.streams
+        forms = list(best.each(len(self.sizes)))
         for i in which:
-            new = Form.parse(form) if form else forms[i]
-            forms[i] = dataclasses.replace(new, packing=packing or forms[i].packing)
-        text = ",".join(map(str, forms if len({*forms}) > 1 else forms[:1]))
-        if text in tried:
+            forms[i] = dataclasses.replace(form or forms[i], packing=packing or forms[i].packing)
+        other = Lowering.of(forms)
+        if other in tried:
             return best
-        self.export(text)
-        pair = self.bench([best, text])
+        self.export(other)
+        pair = self.bench([best, other])
         comparison = compare(pair[1], pair[0])
-        tried[text] = tried[best] / comparison.speedup
-        return text if comparison.low > 1 else best
+        tried[other] = tried[best] / comparison.speedup
+        return other if comparison.low > 1 else best
 
-    def bench(self, lowerings: list[str], seconds: float = CHOOSE_S) -> list[Any]:
-        return bench_onnx([self.file(text) for text in lowerings], seconds=seconds, **self.options)
+    def bench(self, lowerings: Sequence[Lowering | None], seconds: float = CHOOSE_S) -> list[Measurement]:
+        """Measure files in turn."""
+        return bench_onnx([self.file(lowering) for lowering in lowerings], seconds=seconds, **self.options)
 
-    def measure(self, lowerings: list[str]) -> dict[str, float]:
+    def measure(self, lowerings: list[Lowering]) -> dict[Lowering, float]:
+        """Return the medians of files, measured in turn."""
         return dict(zip(lowerings, map(median_ms, self.bench(lowerings)), strict=True))
-
-
-def _left(start: float, seconds: float) -> float:
-    """Return which share of the time is left."""
-    return 1 - (time.monotonic() - start) / seconds if seconds > 0 else 0.0

@@ -4,7 +4,6 @@ from bar_edge.training.hardware import choose_device, choose_precision
 from bar_edge.training.journal import Journal
 from bar_edge.training.loop import evaluate, train
 from bar_edge.training.optimizers import Phase
-from bar_edge.training.pruner import Pruner
 from bar_edge.training.tasks import TASKS, Distills, Task, check_task, late_task, load_task
 
 __all__ = [
@@ -12,7 +11,6 @@ __all__ = [
     "Distills",
     "Journal",
     "Phase",
-    "Pruner",
     "Task",
     "check_task",
     "choose_device",

@@ -16,11 +16,11 @@ from bar_edge.data import DataSource, Split
 from bar_edge.data.source import Targets
 from bar_edge.errors import InputError
 from bar_edge.methods.distillation import distillation_loss
+from bar_edge.methods.method import Pruner
 from bar_edge.progress import NoProgress, Progress, Record
 from bar_edge.training.hardware import choose_device, choose_precision, make_fabric
 from bar_edge.training.journal import Journal
 from bar_edge.training.optimizers import MovingAverage, Phase, learning_rate, make_optimizer
-from bar_edge.training.pruner import Pruner
 from bar_edge.training.tasks import Distills, Task
 
 #: steps from one line of metrics.jsonl to the next; only there does the host wait for the device
@@ -67,6 +67,7 @@ def train(
     stopped, a finished one is only loaded. 0 epochs change nothing. Raises InputError if the loss stops being
     finite, if nothing is trainable, or if a checkpoint belongs to another run.
     """
+    config = config.chosen(len(data.fit))
     if getattr(config, phase):
         _Training(network, data, task, config, phase, seed, teacher, distill, pruner, journal, progress).run()
 
@@ -91,14 +92,15 @@ class _Training:
         self.network, self.data, self.task, self.config, self.phase = network, data, task, config, phase
         self.seed, self.distill, self.pruner, self.journal = seed, distill, pruner, journal
         self.progress: Progress = progress or NoProgress()
-        self.epochs: int = getattr(config, phase)
-        self.steps_per_epoch = data.fit.n_batches(config.batch, drop_last=True)
+        assert config.batch is not None
+        self.epochs, self.batch = int(getattr(config, phase)), config.batch
+        self.steps_per_epoch = data.fit.n_batches(self.batch, drop_last=True)
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)
         self.fabric = make_fabric(self.device, self.precision)
         network.to(self.device)
         weights = network.parameters() if pruner is None else pruner.weights()
-        self.raw_optimizer = make_optimizer(weights, config, getattr(config, f"lr_{phase}"))
+        self.raw_optimizer = make_optimizer(weights, config, config.rate(phase))
         self.model, self.optimizer = self.fabric.setup(network, self.raw_optimizer)
         distills = bool(distill.alpha) and pruner is None and isinstance(task, Distills)
         learns = teacher is not None or pruner is not None
@@ -130,7 +132,7 @@ class _Training:
         sums, since = torch.zeros(2, device=self.device), 0
         order_seed = _derived_seed(self.seed, self.phase)
         batches = self.data.fit.batches(
-            self.config.batch, train=True, seed=order_seed, epoch=epoch, device=self.device, augment=self.config.augment
+            self.batch, train=True, seed=order_seed, epoch=epoch, device=self.device, augment=self.config.augment
         )
         for done, (images, targets) in enumerate(batches, start=1):
             step = epoch * self.steps_per_epoch + done
@@ -195,7 +197,7 @@ class _Training:
 
     def _held_out(self) -> float:
         with self.ema.in_place() if self.ema is not None else contextlib.nullcontext():
-            return _evaluate(self.fabric, self.model, self.data.held_out, self.task, self.config.batch)
+            return _evaluate(self.fabric, self.model, self.data.held_out, self.task, self.batch)
 
     def _settings(self) -> dict[str, Any]:
         """Return what a resumed run must share with the one that was stopped."""
@@ -206,7 +208,7 @@ class _Training:
             "steps_per_epoch": self.steps_per_epoch,
             "batch": config.batch,
             "optimizer": config.optimizer,
-            "lr": getattr(config, f"lr_{self.phase}"),
+            "lr": config.rate(self.phase),
             "weight_decay": config.weight_decay,
             "schedule": config.schedule,
             "ema": config.ema,

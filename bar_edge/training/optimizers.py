@@ -42,7 +42,7 @@ def learning_rate(config: TrainConfig, phase: Phase, step: int, steps: int) -> f
     (Smith and Topin 2017, without the momentum cycle); cosine: from the peak towards 0; constant: the peak,
     and a tenth of it in the last fifth of `tune`.
     """
-    peak: float = getattr(config, f"lr_{phase}")
+    peak = config.rate(phase)
     done = step / steps
     if config.schedule == "constant":
         return peak / 10 if phase == "tune" and done >= 0.8 else peak

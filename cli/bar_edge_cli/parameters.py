@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from bar_edge.methods.method import METHODS
 from bar_edge.requests import fields
 
 #: what a command returns
@@ -53,7 +54,7 @@ def options(request: type, *names: str, unsaid: bool = False, without: Sequence[
         default = None if unsaid or many else _NONE_GIVEN if required else field.default
         metavar = None if kind is bool else said["metavar"]
         kind = kind | None if default is None else kind
-        found.append(option(name, kind, said["help"], metavar=metavar, default=default))
+        found.append(option(name, kind, _text(said["help"]), metavar=metavar, default=default))
     return found
 
 
@@ -81,6 +82,11 @@ def command(
         return function
 
     return register
+
+
+def _text(help_: str) -> str:
+    """Return a field's help text with the names that stand in a table."""
+    return help_.replace("{methods}", "; ".join(f"{name}: {method.says}" for name, method in METHODS.items()))
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -9,18 +9,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-
-def _cost(value: float) -> str:
-    """Write activations, FLOPs or parameters in whole numbers, milliseconds in three digits."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
+from bar_edge.records.cost import write_cost
 
 #: key of a record -> how it is written
 _FIGURES: dict[str, Callable[[float], str]] = {
     "loss": "loss {:.3f}".format,
     "metric": "metric {:.2%}".format,
-    "volume": lambda value: f"V {_cost(value)}",
-    "budget": lambda value: f"b {_cost(value)}",
+    "volume": lambda value: f"V {write_cost(value)}",
+    "budget": lambda value: f"b {write_cost(value)}",
     "open": "{} gates open".format,
 }
 

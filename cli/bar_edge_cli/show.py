@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_UNITS = {"volume": "activations", "flops": "FLOPs", "params": "parameters"}
-_COSTS = {"volume": "activation volume", "flops": "FLOPs", "params": "parameters"}
+from bar_edge.records import COSTS
+from bar_edge.records.cost import write_cost
 
 
 def show(answer: Mapping[str, Any], console: Console | None = None) -> None:
@@ -56,13 +56,11 @@ def _show_result(result: Mapping[str, Any], console: Console) -> None:
     table.add_column("")
     for heading in ("dense", "sliced", "factor"):
         table.add_column(heading, justify="right")
-    for key, label in _COSTS.items():
-        table.add_row(label, number(dense[key]), number(sliced[key]), _factor(dense[key], sliced[key]))
-    for key in ("volume_regular", "flops_regular"):
-        if sliced.get(key) is not None:
-            cost = key.removesuffix("_regular")
-            label = f"{_COSTS[cost]}, regular"
-            table.add_row(label, number(dense[cost]), number(sliced[key]), _factor(dense[cost], sliced[key]))
+    for suffix, how in (("", ""), ("_regular", ", regular")):
+        for key, cost in COSTS.items():
+            if (after := sliced.get(key + suffix)) is not None:
+                before = dense[key]
+                table.add_row(cost.title + how, write_cost(before), write_cost(after), _factor(before, after))
     points = [None if side["metric"] is None else 100 * side["metric"] for side in (dense, sliced)]
     drop = "" if None in points else f"{points[1] - points[0]:+.2f} points"  # type: ignore[operator]
     table.add_row(metric["name"], *("-" if p is None else f"{p:.2f} %" for p in points), drop)
@@ -81,9 +79,9 @@ def budget_line(budget: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
     budget: of result.json; dense: the dense network's costs, for the factors.
     """
     key = str(budget["unit"])
-    line = f"budget {budget['text']} = at most {number(budget['limit'])} {_UNITS.get(key, key)}"
-    if budget.get("achieved") is not None:
-        line += f", achieved {number(budget['achieved'])} ({_factor(dense.get(key), budget['achieved'])})"
+    line = f"budget {budget['text']} = at most {COSTS[key].say(budget['limit'])}"
+    if (achieved := budget.get("achieved")) is not None:
+        line += f", achieved {write_cost(achieved)} ({_factor(dense.get(key), achieved)})"
     if budget.get("within") is not None:
         line += ": met" if budget["within"] else ": missed"
     return line

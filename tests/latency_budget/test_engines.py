@@ -16,6 +16,7 @@ from bar_edge.latency_budget import profile_device as profiling
 from bar_edge.latency_budget.engine_prices import Sample, fitted_prices, layer_samples
 from bar_edge.pipeline import profile
 from bar_edge.records.latency_table import Kind, LatencyTable
+from bar_edge.records.lowering import Lowering
 from tests.targets.fake_tensorrt import LAYER_MS, MULTIPLICATION_MS
 from tests.targets.test_bundle import site  # noqa: F401
 
@@ -93,7 +94,7 @@ def test_prices_come_back_from_scattered_samples() -> None:
     samples.append(Sample(KIND, (8, 8), 0.0))  # of a layer that another one has swallowed
     prices = fitted_prices(samples, {KIND: (64, 64), Kind(op="linear"): (64, 10)})
     assert set(prices) == {str(KIND)}  # of what was not sampled nothing is said
-    table = LatencyTable(lowering="slices", rounding=1, step=1, prices=prices)
+    table = LatencyTable(lowering=Lowering.parse("slices"), rounding=1, step=1, prices=prices)
     errors = [abs(price(table, KIND, a, b) / law(a, b) - 1) for a, b in points]
     assert np.median(errors) < 0.02 and max(errors) < 0.25
     values = np.array(prices[str(KIND)].ms).reshape(5, 5)
@@ -126,7 +127,7 @@ def test_the_table_of_a_pretended_tensorrt(
         model_args=("width=0.25",),
         input_shape=(3, 8, 8),
         runtime="tensorrt",
-        lowering="gather:4",
+        lowering=Lowering.parse("gather:4"),
     )
     assert calls == [(8, True), (8, False)] and answer["checks"] == 8
     assert sorted(path.name for path in tmp_path.iterdir()) == ["site", "table.json", "table.svg"]

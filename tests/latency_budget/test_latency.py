@@ -24,7 +24,8 @@ from bar_edge.network.priced_operations import LAYERS, LatencyCounter, largest_w
 from bar_edge.pipeline import profile
 from bar_edge.records import Budget
 from bar_edge.records.latency_table import Kind, LatencyTable, Prices, knots
-from bar_edge.targets.form_search import CANDIDATES
+from bar_edge.records.lowering import Lowering
+from bar_edge.targets.table import forms_for
 from tests.reference import random_kept
 
 
@@ -42,7 +43,9 @@ def made_up(network: Network, **fields: object) -> LatencyTable:
         grid = np.stack(np.meshgrid(*axes, indexing="ij"))
         ms = np.where((grid > 0).all(0), made_up_ms(kind, grid), 0.0)
         prices[str(kind)] = Prices(widths=axes, ms=tuple(ms.ravel().tolist()))
-    return LatencyTable(**{"lowering": "gather:4", "rounding": 4, "step": 16, "prices": prices, **fields})  # type: ignore[arg-type]
+    return LatencyTable(
+        **{"lowering": Lowering.parse("gather:4"), "rounding": 4, "step": 16, "prices": prices, **fields}
+    )  # type: ignore[arg-type]
 
 
 def made_up_ms(kind: Kind, widths: np.ndarray) -> np.ndarray:
@@ -274,13 +277,13 @@ def test_a_lowering_whose_layers_have_no_prices_alone_is_refused_at_once(
     network: Network, tmp_path: Path, lowering: str
 ) -> None:
     with pytest.raises(InputError, match="a lowering"):
-        profiling.profile_network(network, tmp_path / "table.json", model="resnet20", lowering=lowering)
+        profiling.profile_network(network, tmp_path / "table.json", model="resnet20", lowering=Lowering.parse(lowering))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("faster", [0, 1])
 def test_the_faster_of_two_forms_is_profiled(monkeypatch: pytest.MonkeyPatch, faster: int) -> None:
-    forms = CANDIDATES["onnxruntime-cpu", "fp32"][:2]
+    forms = forms_for("onnxruntime-cpu", "fp32").candidates[:2]
     monkeypatch.setattr(
         profiling, "_measured", lambda _, __, pairs: [1.0 if form == forms[faster] else 2.0 for _, form in pairs]
     )
@@ -358,13 +361,13 @@ def small_table(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -
 @pytest.mark.parametrize(
     ("options", "lowerings"),
     [
-        ({"threads": 2}, CANDIDATES["onnxruntime-cpu", "fp32"][:2]),
-        ({"lowering": "slices"}, ("slices",)),
-        ({"runtime": "openvino-cpu"}, CANDIDATES["openvino-cpu", "fp32"][:2]),
+        ({"threads": 2}, forms_for("onnxruntime-cpu", "fp32").candidates[:2]),
+        ({"lowering": Lowering.parse("slices")}, (Lowering.parse("slices"),)),
+        ({"runtime": "openvino-cpu"}, forms_for("openvino-cpu", "fp32").candidates[:2]),
     ],
 )
 def test_a_table_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], lowerings: tuple[str, ...]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], lowerings: tuple[Lowering, ...]
 ) -> None:
     if "openvino" in str(options):
         pytest.importorskip("openvino")

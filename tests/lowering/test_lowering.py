@@ -14,13 +14,14 @@ from torch.nn import functional as F
 
 from bar_edge.errors import InputError
 from bar_edge.lowering import placement
-from bar_edge.lowering.lower import LOWERINGS, lower, stream_sizes
+from bar_edge.lowering.lower import lower, stream_sizes
 from bar_edge.lowering.packing import pack
 from bar_edge.lowering.widen import regular_form
 from bar_edge.models import build
 from bar_edge.network import Expand, MixedAdd, Network, count, trace
 from bar_edge.network.counted_cost import count_executed
 from bar_edge.records import ChannelPlan
+from bar_edge.records.lowering import KINDS, PAPER, Lowering
 from bar_edge.surgery import slice_network
 from bar_edge.targets.onnx.file import export_onnx, parity_onnx
 from bar_edge_kernels import gather, scatter_add
@@ -79,7 +80,7 @@ MADE = {
     "sigmoid": Net(sigmoid_stream), "joined": Net(joined_streams), "taps": Net(taps), "cat": Net(concatenated, 16),
     "normed": Net(lambda s, x: F.relu(s.n(x + s.a(x))) + s.m(s.b(x)) + x),
 }  # fmt: skip
-FORMS = [*LOWERINGS, "slices:4", "pad:3", "gather:4", "scatter:2", "blocks:2", "blocks:8", "pointwise:4"]
+FORMS = [PAPER, *KINDS, "slices:4", "pad:3", "gather:4", "scatter:2", "blocks:2", "blocks:8", "pointwise:4"]
 FORMS += ["deferred:4", "zero-filled:4", "regular:8", "slices@2x2", "gather:8@1x2", "regular:3@8x4", "zero-filled:3-6"]
 ZOO = {"wrn-16-1": 1.0, "resnet20": 0.5, "resnet18": 0.0625}
 
@@ -108,7 +109,7 @@ def test_every_form_equals_the_sliced_network(name: str) -> None:
     assert visible(expected)
     assert [m for m in sliced.modules() if isinstance(m, MixedAdd)], "a plan without mixed additions shows nothing"
     for form in FORMS:
-        lowered = lower(sliced, form)
+        lowered = lower(sliced, Lowering.parse(form))
         assert difference(expected, lowered(images)) < FLOAT64, form
         assert lowered(images[:1]).shape == (1, 4), form
         left = {type(lowered.module_of(node)) for node in lowered.nodes}
@@ -126,7 +127,7 @@ def test_the_file_equals_the_sliced_network(name: str, tmp_path: Path) -> None:
     images = contrasting(3, 3, 8, 8).float()
     assert visible(sliced.float()(images).detach())
     for form in ("paper", "slices:4", "pad:3", "gather:4", "scatter:2", "deferred:4", "blocks:2", "scatter@2x2"):
-        export_onnx(lower(sliced, form), (3, 8, 8), tmp_path / "model.onnx")
+        export_onnx(lower(sliced, Lowering.parse(form)), (3, 8, 8), tmp_path / "model.onnx")
         # float32 in two runtimes that sum in different orders
         assert parity_onnx(sliced, tmp_path / "model.onnx", images) < 1e-4, form
 
@@ -137,7 +138,7 @@ def targets(network: Network) -> list[object]:
 
 def test_paper_gathers_and_scatters() -> None:
     _, sliced, _ = sliced_network("wrn-16-1")
-    called = targets(lower(sliced, "paper"))
+    called = targets(lower(sliced, Lowering.parse("paper")))
     additions = sum(isinstance(m, MixedAdd) for m in sliced.modules())
     assert called.count(scatter_add) == additions
     assert called.count(gather) >= additions
@@ -149,7 +150,7 @@ def test_paper_gathers_and_scatters() -> None:
 )
 def test_other_forms_do_not_scatter(form: str) -> None:
     _, sliced, _ = sliced_network("wrn-16-1")
-    called = targets(lower(sliced, form))
+    called = targets(lower(sliced, Lowering.parse(form)))
     assert not {gather, scatter_add, torch.ops.aten.index_add.default} & set(called)
 
 
@@ -163,7 +164,10 @@ def convolutions(network: Network) -> list[nn.Conv2d]:
 @pytest.mark.parametrize("name", ["wrn-16-1", "resnet20", "linear bottleneck"])
 def test_rounded_widths_are_multiples(name: str, form: str) -> None:
     _, sliced, _ = sliced_network(name, removed=0.4)
-    plain, rounded = convolutions(lower(sliced, form.partition(":")[0])), convolutions(lower(sliced, form))
+    plain, rounded = (
+        convolutions(lower(sliced, Lowering.parse(form.partition(":")[0]))),
+        convolutions(lower(sliced, Lowering.parse(form))),
+    )
     assert any(c.out_channels % 4 for c in plain), "the plan has odd widths"
     for c in rounded:
         assert c.out_channels % 4 == 0
@@ -173,25 +177,28 @@ def test_rounded_widths_are_multiples(name: str, form: str) -> None:
 @pytest.mark.parametrize("form", ["pointwise:2-8", "gather:2-8", "zero-filled:2-8", "regular:2-8"])
 def test_narrow_widths_are_rounded_less(form: str) -> None:
     _, sliced, _ = sliced_network("wrn-16-1", removed=0.7)
-    widths = {c.out_channels for c in convolutions(lower(sliced, form))}
+    widths = {c.out_channels for c in convolutions(lower(sliced, Lowering.parse(form)))}
     narrow = {width for width in widths if width < 8}
     assert narrow and not any(width % 2 for width in narrow)
     assert widths - narrow and not any(width % 8 for width in widths - narrow)
-    assert any(c.out_channels % 2 and c.out_channels < 8 for c in convolutions(lower(sliced, form.partition(":")[0])))
+    assert any(
+        c.out_channels % 2 and c.out_channels < 8
+        for c in convolutions(lower(sliced, Lowering.parse(form.partition(":")[0])))
+    )
 
 
 def test_deferred_sums_in_the_convolution_that_a_norm_becomes(monkeypatch: pytest.MonkeyPatch) -> None:
     _, sliced, _ = sliced_network("wrn-16-1")
     images = contrasting(3, 3, 8, 8)
-    lowered = lower(sliced, "deferred")
+    lowered = lower(sliced, Lowering.parse("deferred"))
     joined = targets(lowered).count(torch.ops.aten.cat.default)
     assert joined == sum(isinstance(m, MixedAdd) for m in sliced.modules()) == 6
     assert torch.ops.aten.add.Tensor not in targets(lowered)
     assert sum(isinstance(m, nn.BatchNorm2d) for m in lowered.modules()) == 1  # it reads what the stem writes
-    assert len(convolutions(lowered)) == len(convolutions(lower(sliced, "gather"))) + 6
+    assert len(convolutions(lowered)) == len(convolutions(lower(sliced, Lowering.parse("gather")))) + 6
     # a sum that would be too long a sum is made before it is added to: here the first of every stage
     monkeypatch.setattr("bar_edge.lowering.lower.LONGEST", 0)
-    made = lower(sliced, "deferred")
+    made = lower(sliced, Lowering.parse("deferred"))
     assert len(convolutions(made)) == len(convolutions(lowered)) + 3
     assert difference(sliced.eval()(images).detach(), made(images)) < FLOAT64
 
@@ -208,7 +215,7 @@ def test_an_activation_with_one_weight_stays_as_it_is(form: str) -> None:
     kept = {"stem": (0, 1, 2, 3), "a": (2, 3, 4, 5)}  # of which one is full as it is
     sliced = slice_network(network, ChannelPlan(network=network.fingerprint, kept=kept)).eval()
     images = contrasting(3, 3, 8, 8)
-    assert difference(sliced(images).detach(), lower(sliced, form)(images)) < FLOAT64
+    assert difference(sliced(images).detach(), lower(sliced, Lowering.parse(form))(images)) < FLOAT64
 
 
 @pytest.mark.parametrize("form", ["slices:2", "slices:3", "pad:3", "gather:3", "deferred:3"])
@@ -224,26 +231,30 @@ def test_a_sum_of_sums_may_have_channels_that_neither_has(form: str) -> None:
         kept = {name: ids for name, ids in random_kept(net, 0.5, seed).items() if name in ("stem", "a", "b")}
         sliced = slice_network(network, ChannelPlan(network=network.fingerprint, kept=kept)).eval()
         before += any(isinstance(m, MixedAdd) for m in sliced.modules())
-        assert difference(sliced(images).detach(), lower(sliced, form)(images)) < FLOAT64, seed
+        assert difference(sliced(images).detach(), lower(sliced, Lowering.parse(form))(images)) < FLOAT64, seed
     assert before > 6
 
 
 def test_blocks_add_where_they_write_and_join_where_they_are_read() -> None:
     _, sliced, _ = sliced_network("wrn-16-1", removed=0.7)
-    called = targets(lower(sliced, "blocks:2"))
+    called = targets(lower(sliced, Lowering.parse("blocks:2")))
     assert called.count(torch.ops.aten.slice.Tensor) <= 1  # the classifier gets what it had
     assert torch.ops.aten.cat.default in called
     # one convolution per run: more of them, of no more than the widths written
-    more = convolutions(lower(sliced, "blocks:2"))
+    more = convolutions(lower(sliced, Lowering.parse("blocks:2")))
     assert len(more) > len(convolutions(sliced))
 
 
 def test_pointwise_moves_channels_by_convolutions_alone() -> None:
     aten = torch.ops.aten
     _, sliced, _ = sliced_network("wrn-16-1", removed=0.7)
-    called = targets(lower(sliced, "pointwise:4"))
+    called = targets(lower(sliced, Lowering.parse("pointwise:4")))
     assert not {aten.slice.Tensor, aten.index_select.default, aten.constant_pad_nd.default} & set(called)
-    moving = [c for c in convolutions(lower(sliced, "pointwise:4")) if c.weight.count_nonzero() <= c.out_channels]
+    moving = [
+        c
+        for c in convolutions(lower(sliced, Lowering.parse("pointwise:4")))
+        if c.weight.count_nonzero() <= c.out_channels
+    ]
     assert len(moving) >= sum(isinstance(m, MixedAdd) for m in sliced.modules())
 
 
@@ -268,7 +279,7 @@ def test_a_writer_makes_the_whole_stream_where_that_costs_no_more() -> None:
         network = trace(randomise(Block(module).double().eval(), removed=0.5), torch.zeros(1, 3, 8, 8).double())
         kept = {f"s.{name}": ids for name, ids in plan.items()}
         sliced = slice_network(network, ChannelPlan(network=network.fingerprint, kept=kept))
-        lowered, images = lower(sliced, "pointwise"), contrasting(2, 3, 8, 8)
+        lowered, images = lower(sliced, Lowering.parse("pointwise")), contrasting(2, 3, 8, 8)
         assert difference(sliced(images), lowered(images)) < FLOAT64
         assert len(convolutions(lowered)) == len(convolutions(sliced)) + moved
 
@@ -276,7 +287,10 @@ def test_a_writer_makes_the_whole_stream_where_that_costs_no_more() -> None:
 def test_gather_takes_zeros_from_an_empty_filter() -> None:
     _, sliced, _ = sliced_network("wrn-16-1")
     pad, select = torch.ops.aten.constant_pad_nd.default, torch.ops.aten.index_select.default
-    plain, rounded = targets(lower(sliced, "gather")), targets(lower(sliced, "gather:8"))
+    plain, rounded = (
+        targets(lower(sliced, Lowering.parse("gather"))),
+        targets(lower(sliced, Lowering.parse("gather:8"))),
+    )
     assert plain.count(select) > 0
     assert rounded.count(select) > 0
     assert rounded.count(pad) < plain.count(pad)
@@ -286,13 +300,13 @@ def test_each_stream_may_have_its_own_form() -> None:
     _, sliced, _ = sliced_network("wrn-16-1")
     images = contrasting(2, 3, 8, 8)
     assert stream_sizes(sliced) == [(8, 8), (4, 4), (2, 2)]
-    lowered = lower(sliced, "regular,scatter,slices:4")
+    lowered = lower(sliced, Lowering.parse("regular,scatter,slices:4"))
     assert difference(copy.deepcopy(sliced).eval()(images), lowered(images)) < FLOAT64
     called = targets(lowered)
     additions = sum(isinstance(m, MixedAdd) for m in sliced.modules())
     assert 0 < called.count(torch.ops.aten.index_add.default) < additions
     with pytest.raises(InputError, match="3 residual streams"):
-        lower(sliced, "slices,regular")
+        lower(sliced, Lowering.parse("slices,regular"))
 
 
 def test_an_activation_that_is_not_idempotent_is_applied_again() -> None:
@@ -308,24 +322,24 @@ def test_an_activation_that_is_not_idempotent_is_applied_again() -> None:
     sliced = slice_network(network, ChannelPlan(network=network.fingerprint, kept=kept))
     images = contrasting(2, 3, 8, 8)
     for form in ("blocks:2", "zero-filled", "paper", "slices"):
-        assert difference(sliced(images), lower(sliced, form)(images)) < FLOAT64, form
+        assert difference(sliced(images), lower(sliced, Lowering.parse(form))(images)) < FLOAT64, form
 
 
 def test_batchnorms_become_part_of_their_convolution() -> None:
     _, sliced, _ = sliced_network("resnet20")
-    assert not [m for m in lower(sliced, "slices").modules() if isinstance(m, nn.BatchNorm2d)]
+    assert not [m for m in lower(sliced, Lowering.parse("slices")).modules() if isinstance(m, nn.BatchNorm2d)]
     _, sliced, _ = sliced_network("wrn-16-1")  # those that read the stream stay
-    left = [n for n in lower(sliced, "slices").nodes if n.op == "call_module" and "bn" in str(n.target)]
+    left = [n for n in lower(sliced, Lowering.parse("slices")).nodes if n.op == "call_module" and "bn" in str(n.target)]
     assert 0 < len(left) < sum(isinstance(m, nn.BatchNorm2d) for m in sliced.modules())
 
 
 def test_zero_filled_has_one_convolution_per_writer_and_no_concatenation() -> None:
     _, sliced, _ = sliced_network("joined")
-    targets = [node.target for node in lower(sliced, "zero-filled").nodes]
-    convolutions = [m for m in lower(sliced, "zero-filled").modules() if isinstance(m, nn.Conv2d)]
+    targets = [node.target for node in lower(sliced, Lowering.parse("zero-filled")).nodes]
+    convolutions = [m for m in lower(sliced, Lowering.parse("zero-filled")).modules() if isinstance(m, nn.Conv2d)]
     assert len(convolutions) == sum(isinstance(m, nn.Conv2d) for m in sliced.modules())
     assert torch.ops.aten.cat.default not in targets
-    assert torch.ops.aten.cat.default in [node.target for node in lower(sliced, "slices").nodes]
+    assert torch.ops.aten.cat.default in [node.target for node in lower(sliced, Lowering.parse("slices")).nodes]
 
 
 class Stem(nn.Module):
@@ -361,7 +375,7 @@ def test_a_zero_filled_stream_grows_where_that_costs_least(
     grown, calls = placement._grown, list[tuple[list[int], list[int]]]()
 
     def cost() -> float:
-        lowered = lower(sliced, "zero-filled")
+        lowered = lower(sliced, Lowering.parse("zero-filled"))
         shapes = [lowered.shapes[n.name] for n in lowered.nodes if n.target is torch.ops.aten.constant_pad_nd.default]
         return count_executed(lowered).flops / 2 + copied * sum(torch.Size(shape[1:]).numel() for shape in shapes)
 
@@ -388,7 +402,7 @@ def test_a_zero_filled_stream_grows_where_that_costs_least(
 
 def test_what_cannot_hold_zeros_in_advance_is_zero_filled_as_before() -> None:
     """A norm over channels between two sums: the stream cannot grow before it."""
-    targets = [node.target for node in lower(stem_network(groups=2), "zero-filled").nodes]
+    targets = [node.target for node in lower(stem_network(groups=2), Lowering.parse("zero-filled")).nodes]
     assert torch.ops.aten.constant_pad_nd.default in targets and torch.ops.aten.cat.default not in targets
 
 
@@ -412,7 +426,7 @@ def test_a_branch_of_a_stream_stays_as_narrow_as_it_was() -> None:
     network = trace(randomise(Branches().double().eval(), removed=0.0), torch.zeros(1, 3, 16, 16).double())
     kept = {"stem": tuple(range(2)), "high": tuple(range(2))}
     sliced = slice_network(network, ChannelPlan(network=network.fingerprint, kept=kept))
-    lowered = lower(sliced, "zero-filled")
+    lowered = lower(sliced, Lowering.parse("zero-filled"))
     assert {m.out_channels for n, m in lowered.named_modules() if "high" in n and isinstance(m, nn.Conv2d)} == {2}
 
 
@@ -434,7 +448,7 @@ def test_blocks_of_a_stream_of_linear_layers() -> None:
     sliced = slice_network(network, ChannelPlan(network=network.fingerprint, kept=kept))
     images = torch.randn(4, 3, dtype=torch.float64)
     for form in FORMS:
-        assert difference(sliced(images), lower(sliced, form)(images)) < FLOAT64, form
+        assert difference(sliced(images), lower(sliced, Lowering.parse(form))(images)) < FLOAT64, form
 
 
 def test_slices_execute_what_is_counted() -> None:
@@ -442,7 +456,7 @@ def test_slices_execute_what_is_counted() -> None:
     images = contrasting(1, 3, 8, 8)
     counts = count(sliced)
     for form in ("slices", "pad", "gather", "scatter", "paper"):
-        assert hooked_counts(lower(sliced, form), images)[:2] == (counts.volume, counts.flops)
+        assert hooked_counts(lower(sliced, Lowering.parse(form)), images)[:2] == (counts.volume, counts.flops)
 
 
 # ------------------------------------------------------------------------------- the regular count
@@ -523,7 +537,7 @@ def test_regular_of_the_dense_network_is_the_dense_network() -> None:
 def test_unknown_form_lists_the_known() -> None:
     _, sliced, _ = sliced_network("joined")
     with pytest.raises(InputError, match="zero-filled"):
-        lower(sliced, "magic")
+        lower(sliced, Lowering.parse("magic"))
     roundings = ["0", "x", "", "257", "8-4", "3-4", "4-", "0-4", "4@9x1"]
     for text in [
         "",
@@ -536,7 +550,7 @@ def test_unknown_form_lists_the_known() -> None:
         *(f"slices:{r}" for r in roundings),
     ]:
         with pytest.raises(InputError, match="a lowering: slices"):
-            lower(sliced, text)
+            lower(sliced, Lowering.parse(text))
 
 
 # ------------------------------------------------------------------------------------------ packed pixels
@@ -610,7 +624,11 @@ UNPACKED = {
 def packed_pair(between: Any, last: nn.Conv2d, form: str) -> tuple[Network, Network, Tensor]:
     module = randomise(Strided(between, copy.deepcopy(last)).double().eval())
     network = trace(module, torch.zeros(1, 3, 16, 16).double())
-    return lower(network, form.partition("@")[0]), lower(network, form), contrasting(3, 3, 16, 16)
+    return (
+        lower(network, Lowering.parse(form.partition("@")[0])),
+        lower(network, Lowering.parse(form)),
+        contrasting(3, 3, 16, 16),
+    )
 
 
 @pytest.mark.parametrize("packing", ["2x2", "1x2", "2x1"])
@@ -707,7 +725,10 @@ def test_a_packing_that_does_not_divide_the_image_changes_nothing() -> None:
 
 def test_a_packed_network_has_wider_and_fewer_pixels() -> None:
     _, sliced, _ = sliced_network("wrn-16-1")
-    plain, packed = lower(sliced, "deferred:4"), lower(sliced, "deferred:16@2x2,deferred:4,deferred:4")
+    plain, packed = (
+        lower(sliced, Lowering.parse("deferred:4")),
+        lower(sliced, Lowering.parse("deferred:16@2x2,deferred:4,deferred:4")),
+    )
     assert count_executed(packed).flops > count_executed(plain).flops
     first, (wide, *_) = convolutions(plain)[0], convolutions(packed)
     assert wide.out_channels % 16 == 0 and wide.out_channels == 4 * first.out_channels
@@ -719,6 +740,6 @@ def test_a_packed_network_has_wider_and_fewer_pixels() -> None:
 
 def test_what_cannot_be_packed_is_rounded_as_without() -> None:
     _, sliced, _ = sliced_network("wrn-16-1")
-    packed = lower(sliced, "regular:16@2x2")
+    packed = lower(sliced, Lowering.parse("regular:16@2x2"))
     assert not any(c.out_channels % 16 for c in convolutions(packed))
     assert (2, 2) in {shape[2:] for shape in packed.shapes.values()}  # the last stage, which is pooled

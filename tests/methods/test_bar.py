@@ -1,6 +1,7 @@
 """BAR in somebody's own loop: five lines, whatever criterion, and a budget that is met."""
 
 import copy
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -65,6 +66,15 @@ def traced_model() -> Network:
     return trace(model(), torch.zeros(1, *SHAPE))
 
 
+NOISY = BarConfig(gate_optimizer="adam")
+
+
+def use_up(pruner: BAR) -> None:
+    """Make what is open the whole budget."""
+    limit = pruner.layout.cost(pruner.layout.kept(pruner.network.gates.opened()), pruner.budget.metric)
+    pruner.schedule = dataclasses.replace(pruner.schedule, limit=limit)
+
+
 def pruner_for(module: nn.Module | None = None, budget: str = "4x", steps: int = STEPS, **options: Any) -> BAR:
     return BAR(module or traced_model(), torch.zeros(1, *SHAPE), budget=budget, steps=steps, **options)
 
@@ -91,9 +101,8 @@ def test_finish_returns_folded_network_plan_and_forced() -> None:
     pruner = pruner_for(budget="16x")
     train(pruner)
     folded, plan, facts = pruner.finish()
-    opened = {name: len(ids) for name, ids in pruner.layout.kept(pruner.network.gates.opened()).items()}
-    kept = {name: len(ids) for name, ids in plan.kept.items()}
-    assert facts["forced"] == sum(opened.values()) - sum(kept.values())
+    opened = pruner.layout.kept(pruner.network.gates.opened())
+    assert facts["forced"] == sum(len({*ids} - {*plan.kept[name]}) for name, ids in opened.items())
     assert plan.network == folded.fingerprint == pruner.dense.fingerprint
     assert count(folded, plan).volume <= count(pruner.dense).volume / 16
     again = slice_network(folded, plan).eval()
@@ -102,13 +111,14 @@ def test_finish_returns_folded_network_plan_and_forced() -> None:
 
 
 def test_what_is_sliced_is_what_was_gated() -> None:
-    """Nothing forced: the gated network's function, fold included."""
-    pruner = pruner_for(budget="99%")
+    """Nothing forced and nothing left to use: the gated network's function, fold included."""
+    pruner = pruner_for(budget="99%", config=NOISY)
     train(pruner, range(5))
     with torch.no_grad():
         pruner.network.gates.log_alpha.copy_(torch.linspace(-3, 3, pruner.layout.size))
         for ids, _ in pruner.protected:
             pruner.network.gates.log_alpha[ids[0]] = 3.0
+        use_up(pruner)
         pruner.network.eval().double()
         pruner.dense.eval()
         images = batch(1)[0].double()
@@ -117,11 +127,11 @@ def test_what_is_sliced_is_what_was_gated() -> None:
 
 
 def test_kept_gates_can_be_one() -> None:
-    pruner = pruner_for(config=BarConfig(kept_gate="one"))
+    pruner = pruner_for(config=dataclasses.replace(NOISY, kept_gate="one"))
     train(pruner, range(3))
     folded, _, _ = pruner.finish()
     assert all(torch.equal(a, b) for a, b in zip(folded.parameters(), pruner.dense.parameters(), strict=True))
-    other = pruner_for()
+    other = pruner_for(config=NOISY)
     train(other, range(3))
     assert not all(
         torch.equal(a, b) for a, b in zip(other.finish()[0].parameters(), other.dense.parameters(), strict=True)
@@ -149,7 +159,7 @@ def test_a_custom_criterion_and_structured_outputs() -> None:
 
 
 def test_statistics_of_a_step() -> None:
-    pruner = pruner_for(config=BarConfig(slack=0.01, barrier_cap=20.0))
+    pruner = pruner_for(config=BarConfig(gate_optimizer="adam", slack=0.01, barrier_cap=20.0))
     seen = []
     for step in range(STEPS):
         before = pruner.network.gates.opened()
@@ -177,7 +187,7 @@ def test_the_loss_is_the_papers() -> None:
     with torch.no_grad():
         for value in teacher.parameters():
             value.mul_(1.5)
-    pruner = pruner_for(teacher=teacher, distill=DistillConfig(alpha=0.7, temperature=3.0))
+    pruner = pruner_for(teacher=teacher, distill=DistillConfig(alpha=0.7, temperature=3.0), config=NOISY)
     images, targets = batch(3)
     outputs = pruner.network(images)
     data = F.cross_entropy(outputs, targets)
@@ -190,17 +200,18 @@ def test_the_loss_is_the_papers() -> None:
     assert loss.item() == pytest.approx((0.3 * data + 0.7 * 9 * soft).item() + barrier_term, rel=1e-5)
     loss.backward()
     assert all(p.grad is None for p in teacher.parameters())
-    with_alpha_0 = pruner_for(teacher=teacher, distill=DistillConfig(alpha=0.0))
+    with_alpha_0 = pruner_for(teacher=teacher, distill=DistillConfig(alpha=0.0), config=NOISY)
     assert with_alpha_0.loss(data.detach(), images, outputs).item() == pytest.approx(
         data.item() + barrier_term, rel=1e-5
     )
 
 
 def test_a_protected_channel_stays_open_at_any_pressure() -> None:
-    pruner = pruner_for(budget="16x")
+    pruner = pruner_for(budget="16x", config=NOISY)
     with torch.no_grad():
         pruner.network.gates.log_alpha.fill_(-4.0)
     train(pruner, range(1))
+    use_up(pruner)
     opened = pruner.network.gates.opened()
     for ids, least in pruner.protected:
         assert opened[ids].sum() == least == 1
@@ -208,13 +219,14 @@ def test_a_protected_channel_stays_open_at_any_pressure() -> None:
     assert difference(pruner.network.eval()(batch(0)[0]), pruner.slice().eval()(batch(0)[0])) < 1e-5  # float32
 
 
-def test_stop_and_go_on_bit_for_bit(tmp_path: Any) -> None:
-    whole, first = pruner_for(seed=4), pruner_for(seed=4)
+@pytest.mark.parametrize("config", [BarConfig(), NOISY], ids=["closing", "adam"])
+def test_stop_and_go_on_bit_for_bit(tmp_path: Any, config: BarConfig) -> None:
+    whole, first = (pruner_for(seed=4, config=config) for _ in range(2))
     train(whole)
     optimizer = train(first, range(STEPS // 2))
     torch.save({"pruner": first.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    second = pruner_for(seed=4)
+    second = pruner_for(seed=4, config=config)
     second.load_state_dict(state["pruner"])
     optimizer = torch.optim.AdamW(second.weights())
     optimizer.load_state_dict(state["optimizer"])
@@ -223,7 +235,7 @@ def test_stop_and_go_on_bit_for_bit(tmp_path: Any) -> None:
     mine, theirs = whole.dense.state_dict(), second.dense.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
     assert whole.finish()[1] == second.finish()[1]
-    other = pruner_for(seed=5)
+    other = pruner_for(seed=5, config=NOISY)
     train(other)
     assert not torch.equal(whole.network.gates.log_alpha, other.network.gates.log_alpha)
 
@@ -242,7 +254,7 @@ def test_a_state_is_a_snapshot() -> None:
 
 def test_gradient_accumulation() -> None:
     """Two half batches add up: one step of gates and budget, other noise for each."""
-    pruner = pruner_for()
+    pruner = pruner_for(config=NOISY)
     optimizer = torch.optim.SGD(pruner.weights(), 0.01)
     for step in range(4):
         for half in range(2):
@@ -286,7 +298,7 @@ def test_torchs_own_moving_average() -> None:
 def test_frozen_parameters_and_frozen_norms() -> None:
     module = model()
     module.conv1.weight.requires_grad_(False)
-    pruner = pruner_for(module)
+    pruner = pruner_for(module, config=NOISY)
     frozen = pruner.dense.body.get_parameter("conv1.weight")
     assert not any(p is frozen for p in pruner.weights())
     assert len(pruner.weights()) == len(list(module.parameters())) - 1
@@ -304,17 +316,18 @@ def test_frozen_parameters_and_frozen_norms() -> None:
 
 def test_scaled_losses_move_the_gates_alike() -> None:
     """A GradScaler multiplies the gates' gradient too."""
-    plain, scaled = (pruner_for(seed=1) for _ in range(2))
+    plain, scaled = (pruner_for(seed=1, steps=1) for _ in range(2))
     for pruner, factor in ((plain, 1.0), (scaled, 1024.0)):
         images, targets = batch(0)
         outputs = pruner.network(images)
         (pruner.loss(F.cross_entropy(outputs, targets), images, outputs) * factor).backward()
         pruner.step()
     torch.testing.assert_close(plain.network.gates.log_alpha, scaled.network.gates.log_alpha)
+    assert not plain.network.gates.opened().all()
 
 
 def test_gradients_that_are_not_finite_move_nothing() -> None:
-    pruner = pruner_for(config=BarConfig(protect_floor=-4.0))
+    pruner = pruner_for(config=dataclasses.replace(NOISY, protect_floor=-4.0))
     images, targets = batch(0)
     outputs = pruner.network(images)
     (pruner.loss(F.cross_entropy(outputs, targets), images, outputs) * float("inf")).backward()
@@ -361,3 +374,86 @@ def test_norms_without_affine_are_pruned_too() -> None:
     pruner = pruner_for(module, budget="2x")
     train(pruner)
     assert count(pruner.slice()).volume <= count(pruner.dense).volume / 2
+
+
+def test_the_cost_follows_the_budget_by_construction() -> None:
+    """The barrier as a wall: after every step V <= b, and what closed costs is what count counts."""
+    pruner = pruner_for(budget="8x", steps=60)
+    shares = []
+    for step in range(60):
+        train(pruner, range(step, step + 1))
+        volume = count(pruner.dense, pruner.layout.plan(pruner.network.gates.opened())).volume
+        shares.append((pruner.schedule.upper(step + 1) - volume) / pruner.schedule.full)
+    assert min(shares) >= 0 and max(shares) <= 0.1
+    assert pruner.finish()[2]["forced"] == 0
+
+
+def test_gates_of_a_schedule_are_whole() -> None:
+    """Without noise a gate is 1 or 0 in training, and the sliced network is the gated one."""
+    pruner = pruner_for(budget="4x")
+    train(pruner)
+    use_up(pruner)
+    images = batch(0)[0]
+    sliced = pruner.slice().eval()
+    assert difference(pruner.network.eval()(images), sliced(images)) < 1e-5  # float32
+    assert set(pruner.network.gates.values().tolist()) == {0.0, 1.0}
+
+
+def test_misuse_is_said() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) if self.training else self.net(x) * 2
+
+    with pytest.warns(UserWarning, match="self.training"):
+        pruner_for(Both())
+    with pytest.raises(InputError, match="BAR\\(model.module"):
+        pruner_for(nn.DataParallel(model()))
+    with pytest.raises(InputError, match="example input"):
+        BAR(model(), budget="4x", steps=5)
+    with pytest.raises(InputError, match="at least 1"):
+        pruner_for(steps=0)
+    pruner = pruner_for()
+    with pytest.raises(InputError, match="before pruner.step"):
+        pruner.step()
+    with pytest.raises(InputError, match="another|a run for 8x in 30 steps"):
+        pruner_for(budget="8x").load_state_dict(pruner.state_dict())
+    with pytest.raises(InputError, match="in 31 steps"):
+        pruner_for(steps=STEPS + 1).load_state_dict(pruner.state_dict())
+    with torch.no_grad():
+        next(pruner.dense.parameters()).fill_(float("nan"))
+    with pytest.raises(InputError, match="finite weights"):
+        pruner.slice()
+
+
+@pytest.mark.parametrize("config", [BarConfig(), NOISY], ids=["closing", "adam"])
+def test_the_gated_network_can_be_saved(tmp_path: Any, config: BarConfig) -> None:
+    pruner = pruner_for(config=config)
+    train(pruner, range(STEPS))
+    torch.save(pruner.network, tmp_path / "gated.pt")
+    again = torch.load(tmp_path / "gated.pt", weights_only=False)
+    images = batch(0)[0]
+    for training in (True, False):
+        mine, theirs = (network.train(training)(images) for network in (pruner.network, again))
+        assert torch.equal(mine, theirs)
+    assert torch.equal(pruner.network.gates.log_alpha, again.gates.log_alpha)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, of what the graph breaks at
+@pytest.mark.parametrize("config", [BarConfig(), NOISY], ids=["closing", "adam"])
+def test_compiled_once(config: BarConfig) -> None:
+    """What changes every step is no reason to compile again."""
+    torch._dynamo.reset()
+    pruner = pruner_for(config=config)
+    compiled = torch.compile(pruner.network, backend="eager")
+    for step in range(6):
+        images, targets = batch(step)
+        outputs = compiled(images)
+        pruner.loss(F.cross_entropy(outputs, targets), images, outputs).backward()
+        pruner.step()
+        if step == 1:
+            before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bar_edge.config import DistillConfig
+from bar_edge.config import BarConfig, DistillConfig
 from bar_edge.methods import BAR, GateLayout, smallest_cost
 from bar_edge.methods.bar.barrier import BudgetSchedule, barrier, transition
 from bar_edge.methods.distillation import distillation_loss, soft_cross_entropy
@@ -320,7 +320,8 @@ def test_lambda_is_the_share_of_the_full_cost() -> None:
     """31.13 of the full cost for any network and metric, or lambda as printed."""
     small = build("wrn-10-1", input_shape=(3, 8, 8), classes=10)
     for budget, metric in (("4x", "volume"), ("4x:flops", "flops"), ("50%:params", "params")):
-        pruner = BAR(small, torch.zeros(1, 3, 8, 8), budget=budget, steps=10)
+        config = BarConfig(gate_optimizer="adam")
+        pruner = BAR(small, torch.zeros(1, 3, 8, 8), budget=budget, steps=10, config=config)
         outputs = pruner.network(torch.zeros(2, 3, 8, 8))
         zero = outputs.sum() * 0
         loss = pruner.loss(zero, torch.zeros(2, 3, 8, 8), outputs)

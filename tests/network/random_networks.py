@@ -27,10 +27,11 @@ from torch.utils import _pytree as pytree
 
 from bar_edge.network import Network, count, prunable, trace
 from bar_edge.network.channels import passages
+from bar_edge.network.cross_check import uncounted_flops
 from bar_edge.records import ChannelPlan
 from bar_edge.surgery import slice_network
 from tests.meaning import CONVOLUTIONS, masked_run
-from tests.reference import contrasting, difference, randomise, visible
+from tests.reference import contrasting, difference, randomise, torch_flops, visible
 
 FLOAT64 = 1e-9  # the issue's; sums in another order differ by about 1e-16 per layer
 ATTEMPTS = 6  # at weights and masks that let the inputs be seen
@@ -1027,6 +1028,9 @@ def examine(case: Case, files: bool = False) -> Finding:
     error = max(difference(a, b) for a, b in zip(wanted, got, strict=True))
     if not error <= FLOAT64:
         return failed("answer", f"differs by {error:.1e}")
+    flops, by_torch = count(network).flops + sum(uncounted_flops(network).values()), torch_flops(network, *inputs)[1]
+    if flops != by_torch:
+        return failed("count", f"{flops} FLOPs counted and named as uncounted, {by_torch} by torch")
     measured = executed(sliced, inputs)
     own = (costs.volume, costs.flops, costs.params)
     # groups are filled up to one width, a layer that is called twice reads what either call needs: zeros are executed

@@ -7,16 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from bar_edge.methods import GateLayout, smallest_cost
+from bar_edge.methods import GateLayout, random_plan, smallest_cost
 from bar_edge.methods.gating.gate_cost import GateCost
 from bar_edge.methods.gating.gated_network import GatedNetwork, fold
-from bar_edge.methods.gating.projection import project, protected_gates, random_plan
-from bar_edge.network import Network, count, trace
+from bar_edge.methods.gating.projection import project, protected_gates
+from bar_edge.network import Network, count, layers, trace
+from bar_edge.network.cross_check import uncounted_flops
 from bar_edge.records import ChannelPlan
 from bar_edge.surgery import masked_outputs, relative_difference, slice_network
 from tests.meaning import masked_answer
 from tests.network.architectures import ARCHITECTURES
-from tests.reference import contrasting, randomise
+from tests.reference import contrasting, randomise, torch_flops
 
 #: the issue's least prunable share of the FLOPs
 PRUNABLE = {"plain": 0.95, "hybrid": 0.7}
@@ -49,6 +50,13 @@ def test_masked_equals_sliced(pair: tuple[str, nn.Module, Network], removed: flo
         answer = sliced(images)
     assert relative_difference(masked_answer(module, plan.kept, images), answer) < 1e-9
     assert count(network, plan) == count(sliced)
+
+
+def test_flops_are_those_of_torchs_own_counter(pair: tuple[str, nn.Module, Network]) -> None:
+    name, module, network = pair
+    convolutions, everything = torch_flops(module, contrasting(2, *ARCHITECTURES[name].small_shape))
+    assert sum(row.flops for row in layers(network) if row.kind.startswith("Conv")) == convolutions
+    assert count(network).flops + sum(uncounted_flops(network).values()) == everything
 
 
 def test_gated_equals_folded_and_sliced(pair: tuple[str, nn.Module, Network]) -> None:

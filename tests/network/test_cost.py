@@ -1,6 +1,7 @@
 """Costs: hooks, formulas, expectations and gradients agree."""
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bar_edge.errors import InputError
 from bar_edge.methods import GateLayout
 from bar_edge.methods.gating.gate_cost import GateCost
 from bar_edge.methods.gating.hard_concrete import probability_open
@@ -15,8 +17,9 @@ from bar_edge.models import build
 from bar_edge.network import Network, count, layers, trace
 from bar_edge.network.counted_cost import count_executed
 from bar_edge.records import ChannelPlan, Metric
+from bar_edge.runs.inspection import preflight
 from bar_edge.surgery import slice_network
-from tests.reference import hooked_counts, random_kept
+from tests.reference import hooked_counts, random_kept, torch_flops
 
 METRICS: tuple[Metric, ...] = ("volume", "flops", "params")
 ZOO = {"wrn-10-1": 1.0, "resnet20": 0.25, "mobilenetv2": 0.25, "vgg16": 0.0625}
@@ -203,3 +206,63 @@ def test_zeros_that_fill_groups_are_executed_but_not_counted() -> None:
     even = ChannelPlan(network=network.fingerprint, kept={"0": (0, 1, 4, 5), "1": (0, 1, 4, 6)})
     sliced = slice_network(network, even)
     assert count_executed(sliced) == count(sliced) == count(network, even)
+
+
+class Computed(nn.Module):
+    """A stem, a convolution whose weight is computed in forward, a head."""
+
+    def __init__(self, function: Any, weight: tuple[int, ...]) -> None:
+        super().__init__()
+        self.stem, self.function, self.fc = nn.Conv2d(3, 8, 3, padding=1), function, nn.Linear(8, 4)
+        self.w, self.choose = nn.Parameter(torch.randn(weight)), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.function(self, F.relu(self.stem(x))).flatten(2).mean(2))
+
+
+def filters_by_image(convolve: Any, *weight: int) -> Any:
+    """CondConv: every image has filters of its own, mixed of two by what it shows."""
+
+    def function(s: Any, x: Tensor) -> Tensor:
+        n, c, *space = x.shape
+        own = (s.choose(x.flatten(2).mean(2)).softmax(1) @ s.w.flatten(1)).view(n * weight[0], *weight[1:])
+        made = convolve(x.reshape(1, n * c, *space), own, groups=n)
+        return made.view(n, 8, *made.shape[2:])
+
+    return function
+
+
+COMPUTED: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "a convolution": (filters_by_image(F.conv2d, 8, 8, 3, 3), (2, 8, 8, 3, 3)),
+    "with holes": (lambda s, x: filters_by_image(partial(F.conv2d, dilation=2), 8, 8, 2, 3)(s, x), (2, 8, 8, 2, 3)),
+    "transposed": (filters_by_image(partial(F.conv_transpose2d, stride=2), 8, 8, 2, 2), (2, 8, 8, 2, 2)),
+    "one-dimensional": (lambda s, x: filters_by_image(F.conv1d, 8, 8, 3)(s, x.flatten(2)), (2, 8, 8, 3)),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_layers_with_computed_weights_are_counted(name: str) -> None:
+    module, images = Computed(*COMPUTED[name]).eval(), torch.randn(3, 3, 8, 8)
+    network = trace(module, images)
+    _, everything = torch_flops(module, images)
+    layout = GateLayout(network)
+    assert count(network).flops + sum(layout.uncounted.values()) == everything
+    (row,) = [row for row in layers(network) if row.reason == "its weights are computed"]
+    assert row.flops and row.volume and not row.gated
+    plan = ChannelPlan(network=network.fingerprint, kept={"stem": (0, 5)})
+    sliced = slice_network(network, plan)
+    assert count(network, plan) == count(sliced)
+    assert count(sliced).flops >= row.flops and GateCost(layout, "flops").hard(opened_by(layout, plan.kept)) > row.flops
+    answer = preflight(layout, [])
+    assert answer["costs"]["flops"]["prunable_share"] < 1 - row.flops / count(network).flops + 1e-9
+    assert any("test_cost.py:" in warning and "computed" in warning for warning in answer["warnings"])
+
+
+def by_its_inner_name(s: Any, x: Tensor) -> Tensor:
+    return torch._convolution(x, s.w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, False, False, False, False)
+
+
+def test_a_convolution_that_nobody_counts_is_refused() -> None:
+    network = trace(Computed(by_its_inner_name, (8, 8, 3, 3)).eval(), torch.zeros(2, 3, 8, 8))
+    with pytest.raises(InputError, match="aten._convolution.* at test_cost.py:.*\n.*leave them out"):
+        GateLayout(network)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +20,12 @@ def wheel(repository, tmp_path_factory):
     pytest.importorskip("build", reason="the extra [test] is not installed")
     # built from a copy: a build leaves folders behind, and other tests read the tree meanwhile
     source = tmp_path_factory.mktemp("source") / "tree"
-    ignored = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__", "tests", "benchmarks")
+    built = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__")
+    beside = {"runs", "build", "dist", "tests", "benchmarks"}  # of the repository's root, not the package bar_edge.runs
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        return built(folder, names) | (beside & set(names) if Path(folder) == repository else set())
+
     shutil.copytree(repository, source, ignore=ignored)
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from bar_edge.errors import InputError
 from bar_edge.methods import BAR, GateLayout
 from bar_edge.network import trace
+from bar_edge.network.modes import modes_apart
 from bar_edge.pipeline import export_run, inspect_model
 from bar_edge.requests import ExportRequest
-from bar_edge.runs.inspection import modes_apart, preflight
+from bar_edge.runs.inspection import preflight
 
 NETWORK = """
 import torch

@@ -18,9 +18,10 @@ from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
 from bar_edge.lowering.lower import lower
 from bar_edge.models import build
 from bar_edge.network import trace
+from bar_edge.records.lowering import Lowering
 from bar_edge.targets.artifact import ArtifactSpec, write_artifact
 from bar_edge.targets.tensorrt.bundle import build_script, write_bundle
-from bar_edge.targets.tensorrt.engine import EngineOptions
+from bar_edge.targets.tensorrt.options import EngineOptions
 from bar_edge.targets.verify import file_hash
 from tests.reference import randomise
 from tests.targets.fake_tensorrt import SURFACE
@@ -36,7 +37,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = trace(randomise(build("wrn-10-1", input_shape=(1, 8, 8), classes=10)), torch.zeros(2, 1, 8, 8))
     folder = tmp_path_factory.mktemp("artifact") / "onnx-fp32"
     images = torch.randn(SAMPLES, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    lowered = lower(network, "regular")
+    lowered = lower(network, Lowering.parse("regular"))
     manifest = write_artifact(lowered, folder, samples=images, spec=ArtifactSpec(classes=tuple("0123456789")))
     assert manifest["parity"]["within"]
     return folder

@@ -7,15 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from bar_edge.bench import bench_onnx
 from bar_edge.bench.protocol import Measurement
 from bar_edge.lowering.lower import lower
-from bar_edge.network import Network
+from bar_edge.network import Network, trace
+from bar_edge.records.lowering import Lowering
 from bar_edge.targets import form_search as choice
-from bar_edge.targets.form_search import CANDIDATES, CHOOSE_S, JUDGE_S, choose_lowering
+from bar_edge.targets.form_search import CHOOSE_S, JUDGE_S, choose_lowering
+from bar_edge.targets.onnx.target import ONNX
+from bar_edge.targets.row import PRECISIONS
 from tests.lowering.test_lowering import contrasting, difference, sliced_network
 
+REGULAR, FIRST = Lowering.parse("regular"), ONNX.forms["fp32"].candidates[0]
 Clock = Callable[[str, bool], float]
 
 
@@ -57,7 +63,7 @@ def test_the_fastest_form_is_chosen_and_judged_anew(stopwatch: Any, pruned: tupl
     dense, sliced = pruned
     calls = stopwatch(lambda name, _: {"regular:16": 1.0, "dense": 9.0}.get(name, 2.0))
     chosen = choose_lowering(sliced, dense)
-    assert chosen.lowering == "regular:16" and chosen.faster
+    assert str(chosen.lowering) == "regular:16" and chosen.faster
     assert (chosen.chosen_ms, chosen.regular_ms, chosen.dense_ms) == (1.0, 2.0, 9.0)
     assert calls[-1] == ["regular:16", "regular", "dense"]
     assert CHOOSE_S < JUDGE_S
@@ -76,7 +82,7 @@ def test_a_stream_changes_its_form_where_that_is_faster(stopwatch: Any, pruned: 
 
     stopwatch(clock)
     chosen = choose_lowering(sliced, dense)
-    assert chosen.lowering == "gather:4,slices:4,gather:4"
+    assert str(chosen.lowering) == "gather:4,slices:4,gather:4"
     images = contrasting(2, 3, 8, 8).float()
     assert difference(sliced(images), lower(sliced, chosen.lowering)(images)) < 1e-5
 
@@ -95,10 +101,10 @@ def test_pixels_are_packed_stream_by_stream_as_long_as_that_helps(
         return 9.0 if text == "dense" else 5.0 - gain - (text.startswith("deferred:4") and text != "deferred:4")
 
     stopwatch(clock)
-    chosen = choose_lowering(sliced, dense, precision="int8", convert=lambda _: None)
+    chosen = choose_lowering(sliced, dense, precision="int8", convert=lambda _: None, seconds=1e9)
     # the other form keeps the packing; once a stream gains nothing, the ones behind it are not tried
-    assert chosen.lowering == "deferred:4@1x2,pointwise:16@2x2,pointwise:16"
-    packed = [text for text in chosen.tried_ms if "@" in text]
+    assert str(chosen.lowering) == "deferred:4@1x2,pointwise:16@2x2,pointwise:16"
+    packed = [text for text in map(str, chosen.tried_ms) if "@" in text]
     assert packed[:5] == [
         "pointwise:16@2x2,pointwise:16,pointwise:16",
         "pointwise:16@2x2,pointwise:16@2x2,pointwise:16",
@@ -106,14 +112,16 @@ def test_pixels_are_packed_stream_by_stream_as_long_as_that_helps(
         "pointwise:16@1x2,pointwise:16@2x2,pointwise:16",
         "pointwise:16@1x2,pointwise:16@1x2,pointwise:16",
     ]
-    assert not [text for text in chosen.tried_ms if text.endswith("@1x2")]
-    assert not [text for text in choose_lowering(sliced, dense).tried_ms if "@" in text], "of no use in float32 there"
+    assert not [text for text in map(str, chosen.tried_ms) if text.endswith("@1x2")]
+    assert not [text for text in map(str, choose_lowering(sliced, dense).tried_ms) if "@" in text], (
+        "of no use in float32 there"
+    )
 
 
 def test_a_winner_by_luck_is_not_shipped(stopwatch: Any, pruned: tuple[Network, Network]) -> None:
     dense, sliced = pruned
     stopwatch(lambda name, last: {"dense": 9.0, "regular": 1.5}.get(name, 2.0 if last else 1.0))
-    assert choose_lowering(sliced, dense).lowering == "regular"
+    assert choose_lowering(sliced, dense).lowering == REGULAR
 
 
 def test_a_dense_network_that_is_faster_is_said(stopwatch: Any, pruned: tuple[Network, Network]) -> None:
@@ -126,14 +134,28 @@ def test_no_time_still_gives_an_answer(stopwatch: Any, pruned: tuple[Network, Ne
     dense, sliced = pruned
     stopwatch(lambda name, _: 1.0)
     chosen = choose_lowering(sliced, dense, seconds=0.0)
-    assert set(chosen.tried_ms) == {CANDIDATES["onnxruntime-cpu", "fp32"][0], "regular"}
+    assert set(chosen.tried_ms) == {FIRST, REGULAR}
+
+
+@pytest.mark.parametrize(
+    ("runtime", "precision"), [(r, p) for r in ("onnxruntime-cpu", "openvino-cpu", "tensorrt") for p in PRECISIONS]
+)
+def test_a_network_without_additions_tries_rounded_widths(stopwatch: Any, runtime: str, precision: str) -> None:
+    torch.manual_seed(0)
+    network = trace(nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 6, 3)).eval(), torch.zeros(2, 3, 8, 8))
+    calls = stopwatch(lambda name, _: {"slices:16": 1.0, "dense": 9.0}.get(name, 2.0))
+    chosen = choose_lowering(network, network, runtime=runtime, precision=precision)
+    assert str(chosen.lowering) == "slices:16" and chosen.faster
+    assert {"slices:16", "slices"} <= set(map(str, chosen.tried_ms))
+    assert {lowering.forms[0].kind for lowering in chosen.tried_ms} == {"slices"}
+    assert calls[-1] == ["slices:16", "slices", "dense"]
 
 
 @pytest.mark.slow
 def test_for_real(pruned: tuple[Network, Network]) -> None:
     dense, sliced = pruned
     chosen = choose_lowering(sliced, dense, seconds=5.0)
-    assert set(chosen.tried_ms) >= {CANDIDATES["onnxruntime-cpu", "fp32"][0], "regular"}
+    assert set(chosen.tried_ms) >= {FIRST, REGULAR}
     assert min(chosen.chosen_ms, chosen.dense_ms) > 0
     assert chosen.environment["runtime"] == "onnxruntime-cpu"
     assert bench_onnx is choice.bench_onnx

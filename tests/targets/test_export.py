@@ -4,6 +4,7 @@ import collections
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,14 @@ import bar_edge
 from bar_edge.errors import BarEdgeError, InputError
 from bar_edge.lowering.lower import lower
 from bar_edge.models import build
-from bar_edge.network import prunable, trace
+from bar_edge.network import Network, prunable, trace
 from bar_edge.records import ChannelPlan
+from bar_edge.records.lowering import Lowering
 from bar_edge.surgery import slice_network
 from bar_edge.targets.onnx.file import IR_VERSION, OPSETS, Preprocessing, _clean, export_onnx, parity_onnx
 from bar_edge.targets.onnx.parity import cpu_session
+from bar_edge.targets.table import TARGETS
+from tests.network.architectures import DenseBlock, UNet
 
 # float32 against ONNX Runtime's fused float32: issue 2 allows 1e-4, these shallow networks stay 20 times below
 TOLERANCE = 5e-6
@@ -269,10 +273,72 @@ def test_sliced_network_in_every_lowering(form: str, tmp_path: Path) -> None:
         kept[name] = tuple(sorted(torch.randperm(channels, generator=generator)[: channels // 2].tolist()))
     sliced = slice_network(dense, ChannelPlan(network=dense.fingerprint, kept=kept))
     path = tmp_path / "sliced.onnx"
-    export_onnx(lower(sliced, form), sliced.input_shapes, path)
+    export_onnx(lower(sliced, Lowering.parse(form)), sliced.input_shapes, path)
     assert parity_onnx(sliced, path, torch.randn(8, 3, 16, 16)) <= TOLERANCE
     assert not SHAPE_CHASERS & set(census(path))
     assert ("ScatterND" in census(path)) == (form == "paper")
+
+
+def randomly_sliced(name: str, seed: int) -> tuple[Network, tuple[int, ...]]:
+    """Return a network of half its channels, more or less, and the shape of its input."""
+    torch.manual_seed(seed)
+    makes: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+        "resnet20": (lambda: build("resnet20", input_shape=(3, 16, 16), classes=5), (3, 16, 16)),
+        "wrn": (lambda: build("wrn-10-1", input_shape=(3, 16, 16), classes=5), (3, 16, 16)),
+        "densenet": (lambda: nn.Sequential(DenseBlock(8, 4, 2), DenseBlock(16, 4, 2)), (8, 8, 8)),
+        "unet": (lambda: UNet(0.0625), (3, 16, 16)),
+        "plain": (lambda: nn.Sequential(nn.Conv2d(3, 7, 3), nn.ReLU(), nn.Conv2d(7, 5, 3)), (3, 8, 8)),
+    }
+    make, shape = makes[name]
+    dense = trace(randomised(make()), torch.randn(2, *shape))
+    generator = torch.Generator().manual_seed(seed)
+    kept = {}
+    for layer in (layer for layer, reason in prunable(dense).items() if not reason):
+        channels = dense.body.get_submodule(layer).out_channels
+        chosen = torch.randperm(channels, generator=generator)[: max(1, channels // 2)]
+        kept[layer] = tuple(sorted(chosen.tolist()))
+    return slice_network(dense, ChannelPlan(network=dense.fingerprint, kept=kept)), shape
+
+
+@pytest.mark.parametrize("name", ["resnet20", "wrn", "densenet", "unet", "plain"])
+def test_no_file_scatters_unless_it_is_asked_to(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    for seed in (0, 1):
+        network, shape = randomly_sliced(name, seed)
+        images = torch.randn(2, *shape)
+        assert bar_edge.export(network, images, path) <= 1e-4
+        assert not {"ScatterND", "ScatterElements", "Transpose"} & set(census(path))
+        if seed == 0:  # inside another module, too
+            assert bar_edge.export(nn.Sequential(network, nn.Identity()), images, path) <= 1e-4
+            assert not {"ScatterND", "ScatterElements"} & set(census(path))
+            for target in TARGETS.values():
+                for lowering in {*target.unmeasured.values(), *(f.candidates[0] for f in target.forms.values())}:
+                    export_onnx(lower(network, lowering), shape, path)
+                    assert not {"ScatterND", "ScatterElements"} & set(census(path)), lowering
+
+
+def test_a_scatter_that_is_asked_for_is_written(tmp_path: Path) -> None:
+    network, shape = randomly_sliced("wrn", 0)
+    path, images = tmp_path / "model.onnx", torch.randn(2, *shape)
+    assert bar_edge.export(network, images, path, lowering="scatter") <= 1e-4
+    assert "ScatterND" in census(path)
+    assert bar_edge.export(network, images, path, lowering="slices") <= 1e-4
+    assert "ScatterND" not in census(path)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="a lowering"):
+        bar_edge.export(network, images, path, lowering="slcies")
+    assert path.read_bytes() == before
+
+
+class TwoInputs(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.relu(x) + y
+
+
+def test_several_inputs_are_a_tuple(tmp_path: Path) -> None:
+    path = tmp_path / "two.onnx"
+    assert bar_edge.export(TwoInputs(), (torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)), path) <= TOLERANCE
+    assert [value.name for value in onnx.load(path).graph.input] == ["input_0", "input_1"]
 
 
 class FixesTheBatch(nn.Module):
@@ -308,25 +374,6 @@ def test_wrong_normalisation_and_unwritable_place_are_refused(small: nn.Module, 
         export_onnx(small, (3, 16, 16), tmp_path / "x.onnx", preprocessing=Preprocessing(mean=(0.5,), std=(0.5,)))
     with pytest.raises(InputError, match="place to write"):
         export_onnx(nn.Conv2d(3, 2, 1), (3, 4, 4), tmp_path / "missing" / "x.onnx")
-
-
-class Several(nn.Module):
-    """Two or three inputs, convolved and added."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(nn.Conv2d(2 + i, 4, 3, padding=1) for i in range(number))
-
-    def forward(self, *images: Tensor) -> Tensor:
-        return torch.stack([part(x) for part, x in zip(self.parts, images, strict=True)]).sum(0)
-
-
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_the_function_of_the_contract_takes_several_inputs(tmp_path: Path, number: int) -> None:
-    inputs = tuple(torch.randn(2, 2 + i, 8, 8) for i in range(number))
-    assert bar_edge.export(Several(number), inputs, tmp_path / "several.onnx") <= TOLERANCE
-    names = [value.name for value in onnx.load(tmp_path / "several.onnx").graph.input]
-    assert names == (["input"] if number == 1 else [f"input_{i}" for i in range(number)])
 
 
 def test_the_package_is_the_function_of_the_contract(

@@ -11,10 +11,10 @@ from onnx.reference import ReferenceEvaluator
 
 from bar_edge.errors import InputError
 from bar_edge.lowering.lower import lower
-from bar_edge.methods import GateLayout
-from bar_edge.methods.gating.projection import random_plan
+from bar_edge.methods import GateLayout, random_plan
 from bar_edge.models import ZOO, build
 from bar_edge.network import Network, count, trace
+from bar_edge.records.lowering import Lowering
 from bar_edge.surgery import slice_network
 from bar_edge.targets.onnx.file import Preprocessing, export_onnx
 from bar_edge.targets.onnx.parity import cpu_session, difference, relative
@@ -239,7 +239,7 @@ def test_sliced_zoo_networks_are_not_rejected(name: str, factor: int, tmp_path: 
     network = sliced(name, factor)
     path, other = tmp_path / "fp32.onnx", tmp_path / "other.onnx"
     for form in ("slices", "zero-filled", "regular"):
-        export_onnx(lower(network, form), network.input_shapes, path)
+        export_onnx(lower(network, Lowering.parse(form)), network.input_shapes, path)
         require_accepted(path)
         to_half(path, other, "fp16")
         require_accepted(other)
@@ -257,7 +257,7 @@ def test_sliced_zoo_networks_are_not_rejected(name: str, factor: int, tmp_path: 
 
 def test_the_literal_lowering_is_rejected(tmp_path: Path) -> None:
     network = sliced("wrn-10-1", 4)
-    export_onnx(lower(network, "paper"), network.input_shapes, tmp_path / "m.onnx")
+    export_onnx(lower(network, Lowering.parse("paper")), network.input_shapes, tmp_path / "m.onnx")
     with pytest.raises(InputError, match="ScatterND"):
         require_accepted(tmp_path / "m.onnx")
 
@@ -270,7 +270,7 @@ def trained_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sliced network with uint8 input and its normalisation inside."""
     network, path = sliced("wrn-10-1", 4), tmp_path_factory.mktemp("half") / "m.onnx"
     preprocessing = Preprocessing(mean=(0.5, 0.5, 0.4), std=(0.2, 0.2, 0.3))
-    export_onnx(lower(network, "slices"), network.input_shapes, path, preprocessing=preprocessing)
+    export_onnx(lower(network, Lowering.parse("slices")), network.input_shapes, path, preprocessing=preprocessing)
     return path
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from bar_edge.methods.gating.layout import GateLayout
 from bar_edge.network.counted_cost import loose_params, units
 from bar_edge.network.priced_operations import PricedOperations
-from bar_edge.records import Metric
+from bar_edge.records import COSTS, Metric
 
 
 class Cost(nn.Module, abc.ABC):
@@ -44,9 +44,23 @@ class Cost(nn.Module, abc.ABC):
     def expected(self, probability: Tensor) -> Tensor:
         """Return the expected cost, differentiable in the gates' probabilities (gates,) of being open."""
 
-    @abc.abstractmethod
+    @torch.no_grad()
     def hard(self, opened: Tensor) -> float:
         """Return the cost with the given gates open, (gates,) bool."""
+        return float(self.hard_each(opened[None])[0])
+
+    @abc.abstractmethod
+    def hard_each(self, opened: Tensor) -> Tensor:
+        """Return the costs (n,) of n choices of open gates, (n, gates) bool."""
+
+    def widths(self, opened: Tensor) -> Tensor:
+        """Return the numbers of channels (n, rows) of n choices of open gates, (n, gates) bool."""
+        p = self.layout.extended(opened.double())
+        found = self.always.expand(len(p), -1).index_add(1, self.single_row, p[:, self.single_gate])
+        if self.slots:
+            there = p.new_zeros(len(p), self.slots).index_add(1, self.slot, p[:, self.slot_gate]).clamp(max=1)
+            found = found.index_add(1, self.slot_row, there)
+        return found
 
     def alive(self, probability: Tensor) -> Tensor:
         """Return the expected numbers of channels (rows,), for the gates' probabilities (gates,) of being open."""
@@ -60,7 +74,7 @@ class Cost(nn.Module, abc.ABC):
 
 def gate_cost(layout: GateLayout, metric: Metric) -> Cost:
     """Return the cost that a budget of this metric limits."""
-    return LatencyCost(layout) if metric == "ms" else GateCost(layout, metric)
+    return LatencyCost(layout) if COSTS[metric].of_device else GateCost(layout, metric)
 
 
 class LatencyCost(Cost):
@@ -86,10 +100,10 @@ class LatencyCost(Cost):
         return latency_ms
 
     @torch.no_grad()
-    def hard(self, opened: Tensor) -> float:
-        """Return the latency with the given gates open, (gates,) bool, widths rounded up as the hardware does."""
-        # sums of zeros and ones through logarithms: what is almost whole is whole
-        return float(self.priced(self.alive(opened.double()).round(), stepped=True))
+    def hard_each(self, opened: Tensor) -> Tensor:
+        """Return the latencies (n,) of n choices of open gates, (n, gates) bool, widths rounded up as in hardware."""
+        latencies: Tensor = self.priced(self.widths(opened), stepped=True)
+        return latencies
 
 
 class GateCost(Cost):
@@ -101,20 +115,17 @@ class GateCost(Cost):
     pair_rate: Tensor
 
     def __init__(self, layout: GateLayout, metric: Metric) -> None:
-        rows = _Rows(layout)
+        rows, cost = _Rows(layout), COSTS[metric]
         entries: list[tuple[int, int, float, float]] = []
-        constant = 0.0
-        if metric == "params":
-            constant += loose_params(layout.network, layout.found)
+        constant = float(loose_params(layout.network, layout.found)) if cost.of_parameters else 0.0
         counted: set[str] = set()
         for unit in units(layout.network, layout.found):
-            if metric == "params" and unit.node.op == "call_module":
+            if cost.of_parameters and unit.node.op == "call_module":
                 if str(unit.node.target) in counted:
                     continue
                 counted.add(str(unit.node.target))
-                constant += unit.constant
-            out_rate = {"volume": unit.area, "params": unit.vectors}.get(metric, 0)
-            pair_rate = {"flops": unit.flop_rate, "params": unit.weights}.get(metric, 0)
+            rates = cost.rates(unit)
+            out_rate, pair_rate, constant = rates.per_output, rates.per_pair, constant + rates.constant
             if unit.alone:
                 out_rate, pair_rate = out_rate + pair_rate, 0
             for group in range(unit.groups if pair_rate else 1):
@@ -141,14 +152,17 @@ class GateCost(Cost):
 
     def expected(self, probability: Tensor) -> Tensor:
         """Return the expected cost, differentiable in the gates' probabilities (gates,) of being open."""
-        alive = self.alive(probability)
-        n_out = alive[self.n_out]
-        return (n_out * (self.out_rate + self.pair_rate * alive[self.n_in])).sum() + self.constant
+        return self._of(self.alive(probability))
 
     @torch.no_grad()
-    def hard(self, opened: Tensor) -> float:
-        """Return the cost with the given gates open, (gates,) bool."""
-        return float(self.expected(opened.double()))
+    def hard_each(self, opened: Tensor) -> Tensor:
+        """Return the costs (n,) of n choices of open gates, (n, gates) bool."""
+        return self._of(self.widths(opened))
+
+    def _of(self, widths: Tensor) -> Tensor:
+        """Return the costs (...) of numbers of channels (..., rows)."""
+        pairs = self.out_rate + self.pair_rate * widths[..., self.n_in]
+        return (widths[..., self.n_out] * pairs).sum(-1) + self.constant
 
 
 class _Rows:

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import hashlib
 import operator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,8 @@ from bar_edge.methods.gating import hard_concrete
 from bar_edge.methods.gating.hard_concrete import GateDecision
 from bar_edge.methods.gating.layout import GateLayout, Writers
 from bar_edge.network import Network
-from bar_edge.network.channels import TRANSPOSED, called_again, has_pole
+from bar_edge.network.channels import COMPARISONS, TRANSPOSED, called_again, has_pole
+from bar_edge.network.graph_json import describe, rebuild
 from bar_edge.network.liveness import held_channels
 from bar_edge.network.network import unflatten
 
@@ -80,14 +82,17 @@ class Site:
 class Gates(nn.Module):
     """All gates of a network and the factors that they give to the graph.
 
-    log_alpha: (gates,). In training mode gates are sampled, one u per channel and forward pass, from a
-    generator seeded by (seed, step, pass); in eval mode they are deterministic and dead layers are shut.
+    log_alpha: (gates,). In training mode noisy gates are sampled, one u per channel and forward pass, from a
+    generator seeded by (seed, step, pass); the others are 0 or 1, and the gradient passes them as if they were log
+    alpha (straight-through). In eval mode gates are deterministic and dead layers are shut.
     """
 
-    def __init__(self, layout: GateLayout, sites: list[Site], decision: GateDecision, seed: int) -> None:
+    def __init__(
+        self, layout: GateLayout, sites: list[Site], decision: GateDecision, seed: int, noise: bool = True
+    ) -> None:
         super().__init__()
         self.log_alpha = nn.Parameter(torch.zeros(layout.size))
-        self.layout, self.sites, self.decision, self.seed = layout, sites, decision, seed
+        self.layout, self.sites, self.decision, self.seed, self.noise = layout, sites, decision, seed, noise
         self.step, self.passes = 0, 0
         self._eval: tuple[object, list[Tensor]] | None = None
 
@@ -95,7 +100,10 @@ class Gates(nn.Module):
         """Return one factor (channels,) per site."""
         if not self.training:
             return tuple(self._deterministic())
-        z = hard_concrete.sample(self.log_alpha, self._noise())
+        if self.noise:
+            z = hard_concrete.sample(self.log_alpha, self._noise())
+        else:
+            z = self.opened().to(self.log_alpha) + self.log_alpha - self.log_alpha.detach()
         opened = self.layout.extended((z.detach() > 0).to(z.dtype))
         soft = self.layout.extended(z)
         return tuple(
@@ -111,6 +119,7 @@ class Gates(nn.Module):
         """Return the deterministic gates (gates,)."""
         return hard_concrete.deterministic(self.log_alpha.detach(), self.decision)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _noise(self) -> Tensor:
         # hashed, because torch's CPU generator uses the low 32 bits of a seed only
         key = hashlib.blake2b(f"{self.seed}/{self.step}/{self.passes}".encode(), digest_size=4).digest()
@@ -120,8 +129,10 @@ class Gates(nn.Module):
 
     def factors(self) -> list[Tensor]:
         """Return the deterministic factor (channels,) of every site; what is dead has 0."""
-        return self._deterministic()
+        factors: list[Tensor] = self._deterministic()
+        return factors
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _deterministic(self) -> list[Tensor]:
         key = (self.log_alpha._version, self.log_alpha.device, self.log_alpha.data_ptr())
         if self._eval is None or self._eval[0] != key:
@@ -151,17 +162,54 @@ class Gates(nn.Module):
 class GatedNetwork(nn.Module):
     """A network with gates inside; it shares the modules, hence the weights, of the layout's Network."""
 
-    def __init__(self, layout: GateLayout, *, decision: GateDecision = "louizos", seed: int = 0) -> None:
+    def __init__(
+        self, layout: GateLayout, *, decision: GateDecision = "louizos", seed: int = 0, noise: bool = True
+    ) -> None:
         super().__init__()
         self.layout, network = layout, layout.network
         self.out_spec = network.out_spec
         sites = _sites(self.layout)
-        self.gates = Gates(self.layout, sites, decision, seed)
+        self.gates = Gates(self.layout, sites, decision, seed, noise)
         self.body = _insert(network, self.gates, sites)
 
     def forward(self, *inputs: Tensor) -> object:
         """Run the gated graph; outputs as the user's module returns them."""
         return unflatten(self.body(*inputs), self.out_spec)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> GatedNetwork:
+        """Copy modules and gates; the layout is shared."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the graph as `Network.save` writes it, and the numbers: nodes of a graph are not those of its copy."""
+        network, gates, layout = self.layout.network, self.gates, self.layout
+        graph = describe(network.body, network.input_shapes, network.out_spec)
+        options = {"keep": layout.keep, "round_to": layout.round_to, "table": layout.table}
+        own = {"decision": gates.decision, "seed": gates.seed, "noise": gates.noise}
+        numbers = {"log_alpha": gates.log_alpha.detach(), "step": gates.step, "passes": gates.passes}
+        return _unpickled, (graph, network.body.state_dict(), options, own, numbers, self.training)
+
+
+def _unpickled(
+    graph: dict[str, Any],
+    weights: dict[str, Tensor],
+    options: dict[str, Any],
+    own: dict[str, Any],
+    numbers: dict[str, Any],
+    training: bool,
+) -> GatedNetwork:
+    """Return what `GatedNetwork.__reduce__` took apart."""
+    network = Network(*rebuild(graph))
+    network.body.load_state_dict(weights)
+    gated = GatedNetwork(GateLayout(network, **options), **own)
+    gated.to(numbers["log_alpha"].device)
+    with torch.no_grad():
+        gated.gates.log_alpha.copy_(numbers["log_alpha"])
+    gated.gates.step, gated.gates.passes = numbers["step"], numbers["passes"]
+    return gated.train(training)
 
 
 def _sites(layout: GateLayout) -> list[Site]:
@@ -184,7 +232,7 @@ def _sites(layout: GateLayout) -> list[Site]:
             mortal[node] = mortal[source] or not bool(fed.view(groups, -1).any(1).all())
             if mortal[node]:
                 sites.append(Site(node, 0, 0, writers))
-        masked = (passage.kind in ("map", "norm") and not passage.keeps_zero) or has_pole(node)
+        masked = (passage.kind in ("map", "norm", "any") and not passage.keeps_zero) or has_pole(layout.network, node)
         if masked and node not in taken and (mortal[node] or not writers.always.all()):
             norm = isinstance(layout.network.module_of(node), nn.modules.batchnorm._BatchNorm)
             sites.append(Site(node, 0, 0, writers, soft=norm and str(node.target) not in again))
@@ -221,11 +269,12 @@ def _insert(network: Network, gates: Gates, sites: list[Site]) -> fx.GraphModule
             shape[gates.layout.found[node].axis] = -1
             shaped = graph.call_function(aten.reshape.default, (factor, shape))
             given = dict(made)
-            if has_pole(node):  # 0 * infinity is not 0, and no gradient is: what is absent comes as 1
+            if has_pole(network, node):  # 0 * infinity is not 0, and no gradient is: what is absent comes as 1
                 source = [n for n in node.args if isinstance(n, fx.Node)][-1]
                 there = graph.call_function(aten.gt.Scalar, (shaped, 0))
                 given[source] = graph.call_function(aten.where.ScalarOther, (there, made[source], 1))
-            made[node] = graph.call_function(aten.mul.Tensor, (graph.node_copy(node, given.__getitem__), shaped))
+            times = aten.logical_and.default if node.target in COMPARISONS else aten.mul.Tensor
+            made[node] = graph.call_function(times, (graph.node_copy(node, given.__getitem__), shaped))
     return fx.GraphModule(root, graph)
 
 

@@ -14,8 +14,10 @@ from bar_edge.errors import InputError
 from bar_edge.network import Network, prunable
 from bar_edge.network.channels import Link, Passage, Passages, called_again, is_whole, passages
 from bar_edge.network.counted_cost import CostCounter, scaled_by
+from bar_edge.network.cross_check import uncounted_flops
+from bar_edge.network.liveness import held_channels
 from bar_edge.network.priced_operations import LatencyCounter
-from bar_edge.records import ChannelPlan, Metric
+from bar_edge.records import COSTS, ChannelPlan, Metric
 from bar_edge.records.latency_table import LatencyTable
 from bar_edge.surgery.stream_order import is_identity
 
@@ -30,9 +32,10 @@ class Writers:
     _copies: dict[torch.device, Writers] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def alive(self, opened: Tensor) -> Tensor:
-        """Return the (width,) 0/1 mask of channels with an open writer; opened: (gates,) of 0 and 1."""
+        """Return the (..., width) 0/1 mask of channels with an open writer; opened: (..., gates) of 0 and 1."""
         own = self._on(opened.device)
-        return own.always.to(opened.dtype).index_add(0, own.channel, opened[own.gate]).clamp(max=1)
+        always = own.always.to(opened.dtype).expand(*opened.shape[:-1], -1)
+        return always.index_add(-1, own.channel, opened[..., own.gate]).clamp(max=1)
 
     def probability(self, p: Tensor) -> Tensor:
         """Return the probability (width,) that a channel has an open writer; p: (gates,) of being open."""
@@ -56,8 +59,9 @@ class GateLayout:
     channels (`stages.0.*=8`). round_to: widths end as multiples of it. offsets: layer name -> (first gate,
     number of gates), in graph order. least: layer name -> least width, of whole layers their own. writers:
     per tensor, over gates and products. table: what prices the network in ms. A product of two
-    tensors that are both gated has one entry per channel behind the gates (`extended`). Raises InputError for a
-    pattern that fits no layer.
+    tensors that are both gated has one entry per channel behind the gates (`extended`). uncounted: FLOPs that
+    belong to no convolution. Raises InputError for a pattern that fits no layer, and for convolutions that cannot
+    be counted.
     """
 
     def __init__(
@@ -69,6 +73,8 @@ class GateLayout:
         table: LatencyTable | None = None,
     ) -> None:
         self.network, self.found, self.round_to = network, passages(network), round_to
+        self.keep, self.table = keep, table
+        self.uncounted = uncounted_flops(network)
         reasons = prunable(network, self.found)
         widths = {str(node.target): self.found[node].width for node in self.found if str(node.target) in reasons}
         whole, self.least = _kept_layers(reasons, widths, keep)
@@ -108,16 +114,21 @@ class GateLayout:
 
     def cost(self, kept: Mapping[str, Sequence[int]], metric: Metric) -> float:
         """Return what kept channels cost, dead layers removed; ms by the table."""
-        if metric == "ms":
+        if COSTS[metric].of_device:
             assert self.latency is not None, "budget_limit refuses milliseconds without a table"
             return self.latency.ms(kept)
-        return self.costs.count(kept).of(metric)
+        return self.costs.total(kept, COSTS[metric])
 
     def extended(self, opened: Tensor) -> Tensor:
-        """Return the gates (gates,) of 0 and 1 with the channels of products appended."""
+        """Return the gates (..., gates) of 0 and 1 with the channels of products appended."""
         for a, b in self.products:
-            opened = torch.cat([opened, a.alive(opened) * b.alive(opened)])
+            opened = torch.cat([opened, a.alive(opened) * b.alive(opened)], -1)
         return opened
+
+    def living(self, opened: Tensor) -> Tensor:
+        """Return the open gates (gates,) bool whose channels are fed and read."""
+        held = held_channels(self.network, self.kept(opened), self.found)
+        return opened & torch.cat([torch.stack([held[call] for call in self.calls(n)]).any(0) for n in self.offsets])
 
     def extended_probability(self, p: Tensor) -> Tensor:
         """Return the gates' probabilities (gates,) with those of products appended."""

@@ -10,18 +10,21 @@ from torch import Tensor, fx
 
 from bar_edge.errors import InputError
 from bar_edge.methods.gating.layout import GateLayout
+from bar_edge.methods.method import Scored
 from bar_edge.network.channels import Passage, is_whole
 from bar_edge.network.counted_cost import prunable, units
 from bar_edge.network.trace import source_line
-from bar_edge.records import Budget, ChannelPlan, Metric
+from bar_edge.records import COSTS, Budget, ChannelPlan, Metric
 
-#: how many costs are tried to use what a budget in ms leaves
+#: how many costs are tried to use what a budget leaves, by halving
 REFILLS = 150
+#: share of a counted budget below which further bundles are tried one by one, and in how many a layer may fail
+ENOUGH, FAILURES = 0.99, 4
 
 
 def budget_limit(layout: GateLayout, budget: Budget) -> float:
     """Return the budget in its own unit; raises InputError if nothing measures it or it is below what is feasible."""
-    if budget.metric == "ms" and layout.latency is None:
+    if budget.cost.of_device and layout.latency is None:
         raise InputError(
             "a latency table for a budget in milliseconds",
             got=f"{budget.text} without one",
@@ -47,16 +50,14 @@ def budget_limit(layout: GateLayout, budget: Budget) -> float:
         )
     limit, least = budget.limit(full), smallest_cost(layout, budget.metric)
     if limit < least:
-        ms = budget.metric == "ms"
-        smallest, given = (
-            (f"{math.ceil(1e3 * least) / 1e3:.3f}", f"{limit:g}") if ms else (f"{least:,}", f"{limit:,.0f}")
-        )
+        # rounded up, so that what is named is feasible
+        smallest = f"{math.ceil(1e3 * least) / 1e3:.3f}" if budget.cost.of_device else f"{math.ceil(least):,}"
+        unit = f" {budget.cost.unit}" if budget.cost.of_device else ", or a smaller factor"
         raise InputError(
             f"a budget of at least {smallest} {budget.metric} ({full / least:.4g}x), the cheapest path's",
-            got=f"{budget.text} = {given}",
+            got=f"{budget.text} = {limit:g}" if budget.cost.of_device else f"{budget.text} = {limit:,.0f}",
             consequence="no channel would connect the input with the output; nothing was started",
-            remedy=f"give a budget of at least {smallest.replace(',', '')}"
-            + (" ms" if ms else ", or a smaller factor"),
+            remedy=f"give a budget of at least {smallest.replace(',', '')}{unit}",
         )
     return limit
 
@@ -213,7 +214,6 @@ def _cheapest(layout: GateLayout, metric: Metric) -> dict[fx.Node, float]:
     In ms that is the way with the fewest FLOPs: one channel takes what a few take, wherever it is.
     """
     found, network = layout.found, layout.network
-    metric = "flops" if metric == "ms" else metric
     by_node = {unit.node: unit for unit in units(network, found)}
     best: dict[fx.Node, float] = {}
     for node in network.nodes:
@@ -222,8 +222,8 @@ def _cheapest(layout: GateLayout, metric: Metric) -> dict[fx.Node, float]:
             unit, gated = by_node[node], str(node.target) in layout.offsets
             n_out = 1 if gated or passage.kind != "read" else passage.width
             pairs = n_out if unit.alone else (unit.in_width or 1) * n_out
-            rates = {"volume": unit.area * n_out, "flops": unit.flop_rate * pairs}
-            step = rates.get(metric, unit.weights * pairs + unit.vectors * n_out + unit.constant)
+            rates = COSTS[metric].rates(unit)
+            step = rates.per_pair * pairs + rates.per_output * n_out + rates.constant
         sources = [link.source for link in passage.links] if passage is not None else []
         costs = [best[s] for s in sources or node.all_input_nodes if s in best]
         choose = min if sources and passage is not None and passage.kind != "mul" else max
@@ -281,11 +281,13 @@ def project(
 
     scores: (gates,), opened: (gates,) bool. The best channel of every protected set stays. Ties: the larger
     map goes first. Gates that operators or `round_to` tie together open and close together: a bundle half
-    of which is open opens. Costs are those of `count`, after dead layers are removed. In ms, all that still
-    fits opens again, whatever closed it: up to the hardware's next step a channel costs nothing.
+    of which is open opens. Costs are those of `count`, after dead layers are removed. Then what still fits opens
+    again, the best first: in ms whatever closed it, for up to the hardware's next step a channel costs nothing;
+    of a counted budget so much that it is used up or no further bundle fits.
     """
     opened, scores = opened.cpu(), scores.detach().cpu().double()
-    if metric == "ms" and layout.cost({}, "ms") <= limit:  # all would open again; and narrow layers can be slower
+    by_table = COSTS[metric].of_device
+    if by_table and layout.cost({}, metric) <= limit:  # all would open again; and narrow layers can be slower
         return layout.plan(torch.ones_like(opened)), 0
     bundle = _bundles(layout, scores, opened)
     best = _best(layout, scores, metric)
@@ -319,10 +321,30 @@ def project(
         middle = (low + high) // 2
         low, high = (low, middle) if fits(left(middle)) else (middle, high)
     chosen = left(high)
-    if metric == "ms":
-        ranked = by_area[torch.argsort(-mean[by_area], stable=True)]
-        chosen = _refilled(chosen, ranked[~chosen[ranked]], fits)
-    return layout.plan(chosen[bundle]), int(size[alive & ~chosen].sum())
+    ranked = by_area[torch.argsort(-mean[by_area], stable=True)]
+    chosen = _refilled(chosen, ranked[~chosen[ranked]], fits)
+    if not by_table and layout.cost(layout.kept(chosen[bundle]), metric) < ENOUGH * limit:
+        layers = torch.cat([torch.full((n,), i) for i, (_, n) in enumerate(layout.offsets.values())])
+        layer = torch.zeros(len(size), dtype=torch.int64).index_put((bundle,), layers)
+        chosen = _filled(chosen, ranked[~chosen[ranked]], layer, fits)
+    opened_again = chosen[bundle] & ~alive[bundle]
+    dead = opened_again & ~layout.living(chosen[bundle])  # nobody feeds or reads them: they cost nothing, closed too
+    return layout.plan(chosen[bundle] & ~dead), int(size[alive & ~chosen].sum())
+
+
+def plan_within(
+    layout: GateLayout, scored: Scored, metric: Metric, limit: float, *, reopen: bool = False
+) -> tuple[ChannelPlan, int]:
+    """Return the plan that a method's scores give under a limit, and how many gates had to be closed for it.
+
+    Not counted: what the method closed itself, and what it only ranked. reopen: what the method closed may open again.
+    """
+    everything = torch.ones(layout.size, dtype=torch.bool)
+    left_open = everything if scored.opened is None else scored.opened.cpu()
+    start = everything if reopen else left_open
+    plan, closed = project(layout, scored.scores, start, metric, limit)
+    forced = 0 if scored.opened is None else max(0, closed - int((start & ~left_open).sum()))
+    return plan, forced + scored.forced
 
 
 def _refilled(alive: Tensor, closed: Tensor, fits: Callable[[Tensor], bool]) -> Tensor:
@@ -342,13 +364,20 @@ def _refilled(alive: Tensor, closed: Tensor, fits: Callable[[Tensor], bool]) -> 
     return alive
 
 
+def _filled(alive: Tensor, closed: Tensor, layer: Tensor, fits: Callable[[Tensor], bool]) -> Tensor:
+    """Open closed bundles one by one, the best first, until none fits; bundles of one layer cost nearly the same."""
+    failed = torch.zeros(int(layer.max()) + 1, dtype=torch.int64)
+    for one in closed.tolist():
+        if failed[layer[one]] < FAILURES:
+            trial = alive.clone()
+            trial[one] = True
+            if fits(trial):
+                alive = trial
+            else:
+                failed[layer[one]] += 1
+    return alive
+
+
 def _area(layout: GateLayout, name: str) -> int:
     node = layout.node(name)
     return torch.Size(layout.network.shapes[node.name][1:]).numel() // layout.found[node].width
-
-
-def random_plan(layout: GateLayout, metric: Metric, limit: float, seed: int) -> ChannelPlan:
-    """Return a plan with an equal keep ratio in every layer, channels drawn at random, within the limit."""
-    generator = torch.Generator().manual_seed(seed)
-    ranks = [(torch.randperm(n, generator=generator) + 0.5) / n for _, n in layout.offsets.values()]
-    return project(layout, torch.cat(ranks), torch.ones(layout.size, dtype=torch.bool), metric, limit)[0]
