@@ -81,7 +81,7 @@ def _begin(
     bench: with which runtime, threads and on which device; lowering: of that table.
     """
     material = read_material(request)
-    if Budget.parse(request.budget).metric == "ms" and not request.table:
+    if Budget.parse(request.budget).cost.of_device and not request.table:
         file = out / "latency-table.json"
         if not file.is_file():
             _profile(material.network, file, request.model, bench, lowering, progress)

@@ -164,7 +164,7 @@ class BenchRequest:
         """Raise InputError for numbers with which nothing can be measured, or a budget that is no time."""
         at_least(self, 1, "threads", "batch")
         above(self, 0, "seconds")
-        if self.budget is not None and Budget.parse(self.budget).metric != "ms":
+        if self.budget is not None and not Budget.parse(self.budget).cost.of_device:
             raise InputError(
                 "a budget in milliseconds, such as 8ms", got=self.budget, consequence="nothing was measured"
             )
@@ -181,7 +181,7 @@ class DeployRequest:
     @property
     def in_ms(self) -> bool:
         """Whether it is trained for a budget in ms, which a measurement then has to meet."""
-        return Budget.parse(self.prune.budget).metric == "ms"
+        return Budget.parse(self.prune.budget).cost.of_device
 
     @classmethod
     def joined(cls, prune: PruneRequest, options: Mapping[str, Any]) -> DeployRequest:

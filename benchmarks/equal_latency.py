@@ -51,6 +51,7 @@ from bar_edge.models import build, load_weights
 from bar_edge.network import Network, count, trace
 from bar_edge.pipeline import profile
 from bar_edge.records.latency_table import LatencyTable
+from bar_edge.records.lowering import Lowering
 from bar_edge.requests import PruneRequest
 from bar_edge.runs.run_folder import Run
 from bar_edge.surgery import slice_network
@@ -145,7 +146,7 @@ class Bed:
         """Return the latency of a network in its fastest quick form, as a share of the dense network's."""
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(folder) / f"{i}.onnx" for i in range(len(FORMS) + 1)]
-            forms = [self.dense, *(lower(network, form) for form in FORMS)]
+            forms = [self.dense, *(lower(network, Lowering.parse(form)) for form in FORMS)]
             for form, file in zip(forms, files, strict=True):
                 export_onnx(form, form.input_shapes, file)
                 dense, *others = map(undisturbed_ms, bench_onnx(files, seconds=seconds))
@@ -343,7 +344,7 @@ def cell(bed: Bed, arm: str, share: float) -> dict[str, Any]:
         "ms": choice.chosen_ms,
         "dense_ms": choice.dense_ms,
         "share_of_dense": bed.share(network, 1.0),
-        "lowering": choice.lowering,
+        "lowering": str(choice.lowering),
         **dataclasses.asdict(count(network)),
         "environment": choice.environment,
         "right": np.packbits(right).tobytes().hex(),

@@ -25,10 +25,10 @@ from bar_edge.bench import Measurement, bench_onnx, compare, median_interval
 from bar_edge.bench.runner import interleave, warm_up
 from bar_edge.errors import BarEdgeError, EnvironmentLacks
 from bar_edge.files import write_json
-from bar_edge.lowering.lower import PAPER, lower
+from bar_edge.lowering.lower import lower
 from bar_edge.models import build
 from bar_edge.network import Network, trace
-from bar_edge.records.lowering import Lowering
+from bar_edge.records.lowering import PAPER, Lowering
 from bar_edge.runs.run_folder import versions
 from bar_edge.surgery import slice_network
 from bar_edge.surgery.masked import relative_difference

@@ -159,6 +159,8 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         value = of(plain)
         return _carry(value, _beside(value, args[0].exists), _beside(value, args[0].labels), args[0].run)
     result = of(plain)
+    if name in MAKERS:
+        return result  # of the tensor it takes only the type
     assert full_name not in ("__setitem__", "__set__"), f"{name}: writing into a part of a tensor has no meaning here"
     if not any(isinstance(t, Tensor) for t in pytree.tree_leaves(result)):
         return result  # a shape, a size, a type
@@ -232,11 +234,11 @@ def _linear(call: Call) -> Channels:
     return x.run.made(weight, settled(x).max().expand(call.result.shape[-1])), -1
 
 
-def _binary(combine: Callable[[Tensor, Tensor], Tensor]) -> Rule:
+def _binary(combine: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Channels]:
     """Two operands, broadcast: numbers and parameters leave the channels of the other one as they are."""
 
-    def rule(call: Call) -> Channels:
-        tracked = call.tracked
+    def rule(call: Call, given: list[Tracked] | None = None) -> Channels:
+        tracked = call.tracked if given is None else given
         axes = {axis for axis in map(channel_axis, tracked) if axis is not None}
         if len(axes) > 1:
             return _opaque(call)
@@ -246,6 +248,23 @@ def _binary(combine: Callable[[Tensor, Tensor], Tensor]) -> Rule:
         return exists, max(axes, default=None)
 
     return rule
+
+
+def _choice(call: Call) -> Channels:
+    """where, masked_fill: exists where one of its tensors does; a condition without channels decides nothing."""
+    condition = call.argument(0, "condition") if call.name == "where" else call.argument(1, "mask")
+    chosen = [t for t in call.tracked if t is not condition]
+    decides = isinstance(condition, Tracked) and (channel_axis(condition) is not None or not chosen)
+    return _binary(torch.maximum)(call, [*chosen, condition] if decides else chosen) if call.tracked else _opaque(call)
+
+
+def _halves(call: Call) -> Channels:
+    """glu: along the channels, exists where both halves do."""
+    dim, axis = call.argument(1, "dim", default=-1), channel_axis(call.x)
+    if axis is None or dim % call.x.ndim != axis + call.x.ndim:
+        return _channelwise(call)
+    first, second = settled(call.x).chunk(2, axis)
+    return torch.minimum(first, second), axis
 
 
 def _one_tensor(call: Call) -> Channels:
@@ -265,8 +284,9 @@ def _reduction(call: Call) -> Channels:
 
 
 def _largest(call: Call) -> Channels:
-    """Along an axis as a reduction; of two tensors there is no rule."""
-    return _opaque(call) if isinstance(call.argument(1, "dim", "other"), Tensor) else _reduction(call)
+    """Along an axis as a reduction; of two tensors it exists where either does."""
+    two = isinstance(call.argument(1, "dim", "other"), Tensor)
+    return _binary(torch.maximum)(call) if two else _reduction(call)
 
 
 def _along(call: Call) -> Channels:
@@ -327,10 +347,13 @@ def _parts(call: Call) -> tuple[list[Tensor], int]:
 #: which functions a rule is for; all others are opaque
 _FUNCTIONS: dict[Rule, str] = {
     _channelwise: """relu relu6 leaky_relu elu selu celu silu gelu mish tanh hardtanh hardswish sigmoid hardsigmoid
-        softplus softsign logsigmoid tanhshrink softshrink hardshrink abs neg exp expm1 log1p sqrt
+        softplus threshold softsign logsigmoid tanhshrink softshrink hardshrink abs neg exp expm1 log1p sqrt
         square sin cos erf rsub rsqrt reciprocal log log2 log10 rdiv rtruediv
-        dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout""",
+        zeros_like ones_like full_like dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout
+        feature_alpha_dropout""",
     _layer_norm: "layer_norm",
+    _choice: "where masked_fill",
+    _halves: "glu",
     _one_tensor: "pow ipow clamp clamp_min clamp_max clip",
     _on_axis_1: """batch_norm instance_norm group_norm interpolate upsample max_pool1d max_pool2d max_pool3d avg_pool1d
         avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
@@ -338,7 +361,8 @@ _FUNCTIONS: dict[Rule, str] = {
         max_pool3d_with_indices""",
     _convolution: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
     _linear: "linear",
-    _binary(torch.maximum): "add radd iadd sub isub subtract",
+    _binary(torch.maximum): """add radd iadd sub isub subtract maximum minimum fmax fmin gt lt ge le eq ne greater less
+        greater_equal less_equal""",
     _binary(torch.minimum): "mul rmul imul multiply div truediv itruediv true_divide",
     _reduction: "mean sum amax amin var std",
     _largest: "max min",
@@ -356,4 +380,6 @@ _MOVEMENTS = """view reshape flatten unflatten permute transpose swapaxes swapdi
     channel_shuffle"""
 #: functions that move nothing
 _COPIES = "clone contiguous detach data to type type_as float double half bfloat16 cpu cuda"
+#: functions that make a tensor of numbers
+MAKERS = set(["new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"])
 MOVEMENTS, COPIES = set(_MOVEMENTS.split()), set(_COPIES.split())

@@ -10,7 +10,10 @@ MODULES = (
     "errors.py",
     "files.py",
     "targets/tensorrt/cuda.py",
+    "targets/tensorrt/bindings.py",
+    "targets/tensorrt/options.py",
     "targets/tensorrt/engine.py",
+    "targets/tensorrt/build.py",
     "targets/tensorrt/device_build.py",
 )
 _PACKAGES = ("", "targets/", "targets/tensorrt/")

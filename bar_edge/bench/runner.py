@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,6 +43,12 @@ IDENTITY = (
     *("cpu", "machine", "cores", "affinity", "governor", "power_mode", "clocks"),
     *("gpu_name", "gpu_driver", "gpu_power_limit"),
     *("runtime", "runtime_version", "precision", "threads", "batch"),
+)
+
+#: of a CPU in low precision, in Linux's words: x86, then Arm
+ABILITIES = (
+    *("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "avx512_bf16", "amx_bf16"),
+    *("asimddp", "i8mm", "bf16"),
 )
 
 
@@ -123,15 +129,15 @@ def load_tensorrt(path: Path, name: str, settings: Settings) -> Loaded:
     if sys.version_info < (3, 10):
         raise Problem("EnvironmentLacks", "Python 3.10 for TensorRT", f"Python {platform.python_version()}")
     sys.path.insert(0, settings.modules)
-    ours = importlib.import_module("bar_edge.targets.tensorrt.engine")
+    ours, builder = (importlib.import_module(f"bar_edge.targets.tensorrt.{name}") for name in ("engine", "build"))
     engine_path = path.with_suffix(".engine")
     try:
         with tempfile.TemporaryDirectory() as scratch:
             if not engine_path.is_file():
                 doing("building the engine of", {"name": name})
                 engine_path = Path(scratch) / "model.engine"
-                options = ours.EngineOptions(batch=(settings.batch,) * 3, timing_caches=settings.caches)
-                ours.build(path, engine_path, options)
+                options = builder.EngineOptions(batch=(settings.batch,) * 3, timing_caches=settings.caches)
+                builder.build(path, engine_path, options)
             engine = ours.load(engine_path, path)
         inputs = [(str(engine.dtypes[n]), [s if s > 0 else None for s in shape]) for n, shape in engine.inputs.items()]
         parts: list[Any] = []
@@ -186,6 +192,9 @@ def load_openvino_cpu(path: Path, name: str, settings: Settings) -> Loaded:
         )
     except RuntimeError as error:
         raise _refused(name, "OpenVINO", error) from error
+    used = str(compiled.get_property("INFERENCE_PRECISION_HINT"))
+    if settings.precision == "bf16" and "bfloat16" not in used:  # it ignores the hint where the CPU has no bf16
+        raise Problem("EnvironmentLacks", "a CPU that OpenVINO computes bf16 on", f"one where it takes {used}")
     request = compiled.create_infer_request()
     return Loaded(
         run=lambda arrays: request.infer(arrays, share_inputs=True, share_outputs=True).to_tuple(),
@@ -498,6 +507,7 @@ def device(with_gpu: bool) -> dict[str, Any]:
     return {
         "cpu": _cpu(),
         "machine": platform.machine(),
+        "abilities": _abilities(),
         "cores": os.cpu_count(),
         "affinity": ",".join(map(str, affinity)) if affinity else None,
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
@@ -533,6 +543,22 @@ def _cpu() -> str | None:
     names = re.findall(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo") or "", re.MULTILINE)
     board = (_read("/proc/device-tree/model") or "").strip("\0")  # ARM boards name themselves here
     return board or (names[0].strip() if names else platform.processor()) or None
+
+
+def _abilities() -> str | None:
+    """Return those of ABILITIES that the CPU has, as Linux tells; None where it does not."""
+    listed = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read("/proc/cpuinfo") or "", re.MULTILINE)
+    return " ".join(sorted(set(listed.group(1).split()) & set(ABILITIES))) if listed else None
+
+
+def overflows(environment: Mapping[str, Any]) -> bool:
+    """Tell whether a CPU adds products of INT8 two by two in 16 bits: one of x86 that is known to lack VNNI and AMX."""
+    known = environment.get("abilities")
+    return (
+        known is not None
+        and environment["machine"] in ("x86_64", "AMD64", "i686")
+        and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(known.split())
+    )
 
 
 def _power_mode() -> str | None:

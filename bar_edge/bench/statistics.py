@@ -45,7 +45,7 @@ def median_ms(latency: Latency) -> float:
 
 def meets(latency: Latency, budget: Budget) -> bool:
     """Tell whether the median is at most the budget; raises InputError for a budget that is not a time."""
-    if budget.metric != "ms" or budget.absolute is None:
+    if not budget.cost.of_device or budget.absolute is None:
         raise InputError("a budget in milliseconds, such as 8ms", got=budget.text, consequence="no verdict")
     return median_ms(latency) <= budget.absolute
 

@@ -78,7 +78,7 @@ def close_loop(
     folder = run.out / "checkpoints"
     rounds = _read_rounds(folder / "rounds.json")
     verdicts: dict[int, tuple[list[Benched], float]] = {}
-    pruned, limit = first, min(run.limit, run.layout.cost({}, "ms"))
+    pruned, limit = first, min(run.limit, run.layout.cost({}, run.budget.metric))
     while True:
         while not rounds or (len(rounds) <= ROUNDS and (again := next_limit(run, rounds)) is not None):
             if rounds and again is not None:
@@ -136,7 +136,7 @@ def next_limit(run: Run, rounds: list[Round]) -> float | None:
     else:
         nearest = below or above or rounds[-1]
         limit = nearest.by_table * aim / nearest.measured
-    limit = min(max(limit, smallest_cost(run.layout, "ms")), run.layout.cost({}, "ms"))
+    limit = min(max(limit, smallest_cost(run.layout, run.budget.metric)), run.layout.cost({}, run.budget.metric))
     return None if any(abs(found.limit / limit - 1) < 1e-3 for found in rounds) else limit
 
 

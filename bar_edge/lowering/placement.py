@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import torch
 from torch import Tensor, fx, nn
 
 from bar_edge.network import MixedAdd, Network
-from bar_edge.network.channels import Passage, Passages, aten, called_again, is_constant, is_depthwise
+from bar_edge.network.channels import Passage, Passages, called_again, is_depthwise
 from bar_edge.network.movement import MOVEMENTS, SHAPELESS
 from bar_edge.records.lowering import Form, Rounding
 from bar_edge.surgery.stream_order import Stream, is_identity, joined_streams
@@ -94,7 +95,7 @@ def can_widen(network: Network, passage: Passage, node: fx.Node) -> bool:
         return plain_sum(network, passage, node)
     if module is not None:
         return isinstance(module, nn.modules.batchnorm._BatchNorm | nn.Dropout) or is_depthwise(module)
-    moved = node.target in MOVEMENTS - SHAPELESS or any(is_constant(n) for n in node.all_input_nodes)
+    moved = node.target in MOVEMENTS - SHAPELESS or any(n in network.constants for n in node.all_input_nodes)
     return passage.kind == "map" and is_identity(passage) and passage.keeps_zero and not moved
 
 
@@ -108,7 +109,7 @@ def plain_sum(network: Network, passage: Passage, node: fx.Node) -> bool:
     if isinstance(network.module_of(node), MixedAdd):
         return True
     shapes = {network.shapes[source.name] for source in node.all_input_nodes if source.name in network.shapes}
-    plain = node.target is aten.add.Tensor and not node.kwargs
+    plain = node.target is torch.ops.aten.add.Tensor and not node.kwargs
     return plain and len(passage.links) == 2 and passage.axis == 1 and len(shapes) == 1
 
 

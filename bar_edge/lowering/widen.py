@@ -140,6 +140,6 @@ def _wide_alone(module: nn.Module, place: Placement | None) -> nn.Module:
             setattr(new, name, nn.Parameter(wide) if isinstance(tensor, nn.Parameter) else wide)
     if isinstance(new, nn.modules.batchnorm._BatchNorm):
         new.num_features = place.width
-    elif isinstance(new, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    elif isinstance(new, nn.modules.conv._ConvNd):
         new.groups = new.in_channels = new.out_channels = place.width
     return new

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from bar_edge.network.channels import passages
 from bar_edge.network.network import Network
 
 #: of the largest value: by how much the same image may answer otherwise beside another one, by rounding
@@ -24,8 +23,8 @@ def mixing_node(network: Network) -> fx.Node | None:
     """
     if any(parameter.is_meta for parameter in network.parameters()):
         return None
-    found = passages(network)
-    if all(passage.kind != "opaque" and network.shapes[node.name][0] == 2 for node, passage in found.items()):
+    ruled = (p.kind not in ("opaque", "made") and network.shapes[n.name][0] == 2 for n, p in network.channels.items())
+    if all(ruled):
         return None
     one, other = _answers(network, seed=1), _answers(network, seed=3)
     changed = [node for node in one if _differ(one[node], other[node])]

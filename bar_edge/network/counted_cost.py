@@ -20,10 +20,10 @@ from bar_edge.network.channels import (
     Passages,
     attribute,
     called_again,
-    is_constant,
+    cut_parameters,
+    is_parameter,
     is_whole,
     parameter_axis,
-    passages,
 )
 from bar_edge.network.liveness import Held, held_channels
 from bar_edge.network.network import Network
@@ -160,26 +160,25 @@ def _reader_unit(network: Network, found: Passages, node: fx.Node, module: nn.Mo
 
 
 def _parameter_units(network: Network, found: Passages, node: fx.Node, counted: set[fx.Node]) -> list[Unit]:
-    """Return the parameters with one number per channel that an operator reads by itself."""
-    result = []
-    for parameter in node.all_input_nodes:
-        root = parameter
-        while is_constant(root) and root.op != "get_attr" and len(root.users) == 1:
-            root = root.all_input_nodes[0]
-        if root.op != "get_attr" or root in counted or found[node].kind != "map" or len(root.users) > 1:
-            continue
-        value = attribute(network, parameter)
-        sliced = parameter_axis(network, value, node, found[node].axis)
-        if isinstance(attribute(network, root), nn.Parameter) and sliced is not None:
-            counted.add(root)
-            source = next(n for n in node.all_input_nodes if n is not parameter)
-            result.append(Unit(node, source, True, 0, 0, 0, value.numel() // found[node].width, 0))
+    """Return the parameters with one number per channel that an operator reads by itself, or what comes of them."""
+    result: list[Unit] = []
+    if found[node].kind != "map":
+        return result
+    for constant in node.all_input_nodes:
+        axis = parameter_axis(network, constant, node, found[node].axis) if constant in network.constants else None
+        cut = cut_parameters(network, constant, axis) if axis is not None else None
+        for root in cut or []:
+            if root not in counted and is_parameter(network, root):
+                counted.add(root)
+                source = next(n for n in node.all_input_nodes if n is not constant)
+                numel = torch.Size(network.shapes[root.name]).numel()
+                result.append(Unit(node, source, True, 0, 0, 0, numel // found[node].width, 0))
     return result
 
 
 def count(network: Network, plan: ChannelPlan | None = None) -> Counts:
     """Return the costs of the network, or of what slicing it by the plan leaves (liveness closed)."""
-    return CostCounter(network, passages(network)).count(plan.kept if plan is not None else {})
+    return CostCounter(network, network.channels).count(plan.kept if plan is not None else {})
 
 
 class CostCounter:
@@ -277,7 +276,7 @@ def _pairs(unit: Unit, held: Held) -> int:
 
 def prunable(network: Network, found: Passages | None = None) -> dict[str, str]:
     """Return every convolution and linear layer with the reason why its outputs cannot be pruned, "" if they can."""
-    found = passages(network) if found is None else found
+    found = network.channels if found is None else found
     fixed, reasons, shared = _reaching_output(network, found), dict[str, str](), _read_elsewhere(network)
     for node, passage in found.items():
         if not isinstance(network.module_of(node), READERS):
@@ -336,11 +335,19 @@ def scaled_by(network: Network, found: Passages, node: fx.Node) -> fx.Node | Non
             if least >= _elements(network, user):
                 return None
             products.add(user)
-        elif passage.kind in ("map", "pick", "spread") and sum(n in found for n in user.all_input_nodes) == 1:
+        elif _passes_on(network, found, node, user):
             pending += [(later, min(least, _elements(network, user))) for later in user.users]
         else:
             return None
     return products.pop() if len(products) == 1 else None
+
+
+def _passes_on(network: Network, found: Passages, node: fx.Node, user: fx.Node) -> bool:
+    """Tell whether what an operator makes of a layer's channels is them alone, or a sum of as few elements."""
+    passage, sources = found[user], [n for n in user.all_input_nodes if n in found]
+    if passage.kind == "add":
+        return all(_elements(network, n) <= _elements(network, node) for n in (*sources, user))
+    return passage.kind in ("map", "pick", "spread") and len(sources) == 1
 
 
 def _elements(network: Network, node: fx.Node) -> int:
@@ -353,7 +360,7 @@ def _kind(network: Network, node: fx.Node) -> str:
 
 def layers(network: Network, plan: ChannelPlan | None = None) -> list[LayerCount]:
     """Return every operation with parameters as it is counted, in graph order."""
-    found = passages(network)
+    found = network.channels
     held = held_channels(network, plan.kept if plan is not None else {}, found)
     reasons = prunable(network, found)
     result = []

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from bar_edge.network.channels import Passage, Passages, called_again, is_whole, passages
+from bar_edge.network.channels import Passage, Passages, called_again, is_whole, reads
 from bar_edge.network.network import Network
 
 Held = dict[fx.Node, Tensor]
@@ -20,7 +20,7 @@ def held_channels(network: Network, kept: Mapping[str, Sequence[int]], found: Pa
     has no live outputs; what nobody reads is not computed. One pass forward and one backward close the
     plan, because a reader reads every live channel of its input.
     """
-    found = passages(network) if found is None else found
+    found = network.channels if found is None else found
     live: Held = {}
     for node, passage in found.items():
         if is_whole(passage):
@@ -85,7 +85,7 @@ def _read_backwards(network: Network, found: Passages, live: Held, together: dic
                 continue
         running.add(node)
         if passage is None or is_whole(passage):
-            for source in node.all_input_nodes:
+            for source in reads(node):
                 if source in needed:
                     needed[source][:] = True
             continue
@@ -97,8 +97,8 @@ def _read_backwards(network: Network, found: Passages, live: Held, together: dic
             if is_whole(found[source]):
                 needed[source][:] = True
             else:
-                reads = alive.view(passage.groups, -1).any(1)
-                needed[source] |= reads.repeat_interleave(found[source].width // passage.groups)
+                fed_groups = alive.view(passage.groups, -1).any(1)
+                needed[source] |= fed_groups.repeat_interleave(found[source].width // passage.groups)
         for source in node.all_input_nodes:  # a factor that is there as a whole
             if source in needed and is_whole(found[source]):
                 needed[source][:] = True

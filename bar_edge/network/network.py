@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,9 @@ from torch._subclasses import FakeTensorMode
 from bar_edge.errors import InputError
 from bar_edge.files import read_json, write_json
 from bar_edge.network.graph_json import FORMAT, describe, dtype_named, rebuild, tie, without_aliases
+
+if TYPE_CHECKING:
+    from bar_edge.network.channels import Passages
 
 #: how a flat tuple of outputs is returned: an index, or {"tuple" | "list": [...]} or {"dict": {name: ...}} of such
 Structure = Any
@@ -62,6 +66,24 @@ class Network(nn.Module):
     def module_of(self, node: fx.Node) -> nn.Module | None:
         """Return the module that a node calls, or None for a function."""
         return self.body.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    @functools.cached_property
+    def constants(self) -> frozenset[fx.Node]:
+        """The tensors of the graph that depend on parameters, buffers and numbers alone."""
+        from bar_edge.network.channels import constant_nodes  # the rules read networks
+
+        return constant_nodes(self)
+
+    @functools.cached_property
+    def channels(self) -> Passages:
+        """How every tensor of the graph gets its channels, found once: the graph of a network does not change."""
+        from bar_edge.network.channels import passages
+
+        return passages(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs: what is known of the nodes of this graph is not true of those of its copy."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("channels", "constants")}
 
     @property
     def fingerprint(self) -> str:

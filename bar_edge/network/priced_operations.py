@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bar_edge.errors import InputError
-from bar_edge.network.channels import READERS, TRANSPOSED, Passages, passages
+from bar_edge.network.channels import READERS, TRANSPOSED, Passages
 from bar_edge.network.liveness import held_channels
 from bar_edge.network.network import Network
 from bar_edge.records.latency_table import Kind, LatencyTable
@@ -55,7 +55,7 @@ def operations(network: Network, found: Passages) -> list[Operation]:
     made_by: dict[fx.Node, str] = {}  # what kind of operation makes a tensor, fused ones passed through
     for node, passage in found.items():
         module, sources = network.module_of(node), [n for n in node.all_input_nodes if n in found]
-        if not sources or passage.kind == "source":
+        if not sources or passage.kind in ("source", "made"):
             continue
         source = sources[0]
         shape = tuple(network.shapes[source.name][2:])
@@ -117,7 +117,7 @@ def _layer(module: nn.Module, depthwise: bool, shape: tuple[int, ...]) -> Kind:
 
 def largest_widths(network: Network) -> dict[Kind, tuple[int, ...]]:
     """Return every kind of operation with the largest widths that a table must hold."""
-    found, largest = passages(network), dict[Kind, tuple[int, ...]]()
+    found, largest = network.channels, dict[Kind, tuple[int, ...]]()
     for operation in operations(network, found):
         widths = tuple(found[node].width for node in operation.tensors)
         largest[operation.kind] = tuple(map(max, widths, largest.get(operation.kind, widths)))

@@ -30,7 +30,7 @@ from bar_edge.requests import (
     prune_request,
 )
 from bar_edge.targets.table import TARGETS, check_target, runtime_of
-from bar_edge.targets.tensorrt.engine import import_tensorrt
+from bar_edge.targets.tensorrt.bindings import import_tensorrt
 from bar_edge.targets.tensorrt.target import engine_options
 from bar_edge.training import check_task, choose_device
 
@@ -198,7 +198,7 @@ def check_priced(lowering: str, table: Path) -> None:
 
 def check_budget_needs(budget: str, table: Path | None) -> None:
     """Raise InputError for a text that is no budget, or one in ms without a table to read it by."""
-    if Budget.parse(budget).metric == "ms" and table is None:
+    if Budget.parse(budget).cost.of_device and table is None:
         raise InputError(
             "a latency table for a budget in ms",
             got=budget,

@@ -23,7 +23,7 @@ from bar_edge.records.verdict import Verdict
 from bar_edge.requests import BenchRequest
 from bar_edge.runs.door import judge
 from bar_edge.runs.run_folder import read_result, write_result
-from bar_edge.targets.verify import MANIFEST
+from bar_edge.targets.verify import MANIFEST, overflow_note
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +35,8 @@ class Benched:
     comparison: Comparison | None
     #: name of the file that holds it
     file: str
+    #: what speaks against the file on the processor that was measured
+    warnings: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> bool | None:
@@ -52,13 +54,18 @@ class Benched:
     def to_json(self) -> dict[str, Any]:
         """Return the measurement without its raw samples."""
         found = summary(self.measurement, budget=self.budget, comparison=self.comparison)
+        found["warnings"] = [*found["warnings"], *self.warnings]
         return {"verdict": self.verdict, **found, "file": self.file}
 
 
 def runtime_of(target: Path, request: BenchRequest) -> str:
     """Return the runtime that measures a file: the one asked for, else the one that the artifact was made for."""
-    made_for = read_json(target / MANIFEST).get("target", "") if (target / MANIFEST).is_file() else ""
-    return request.runtime or judge(made_for)
+    return request.runtime or judge(_manifest(target).get("target", ""))
+
+
+def _manifest(target: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(target / MANIFEST) if (target / MANIFEST).is_file() else {}
+    return found
 
 
 def measure(target: Path, request: BenchRequest) -> Benched:
@@ -85,7 +92,8 @@ def measure(target: Path, request: BenchRequest) -> Benched:
     if target.is_dir() and (run / "result.json").is_file():
         entry = _entry(found[0], f"{target.name}/{file.name}")
         write_result(run, read_result(run).with_latency(entry))
-    return Benched(measurement=found[0], budget=budget, comparison=comparison, file=file.name)
+    warnings = tuple(overflow_note(_manifest(target), found[0].environment))
+    return Benched(measurement=found[0], budget=budget, comparison=comparison, file=file.name, warnings=warnings)
 
 
 def _entry(measured: Measurement, file: str) -> LatencyEntry:

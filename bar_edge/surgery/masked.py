@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from bar_edge.network import Network
-from bar_edge.network.channels import is_whole, passages
+from bar_edge.network.channels import is_whole
 from bar_edge.network.liveness import held_channels
 from bar_edge.network.network import unflatten
 from bar_edge.records import ChannelPlan
@@ -20,9 +20,9 @@ def masked_outputs(network: Network, plan: ChannelPlan, *inputs: Tensor) -> Any:
 
     This is what slicing must equal. Eval mode; no gradient; raises InputError for another network's plan.
     """
-    found = passages(network)
-    check_plan(network, plan, found)
-    held = held_channels(network, plan.kept, found)
+    found = network.channels
+    check_plan(network, plan)
+    held = held_channels(network, plan.kept)
 
     class Masking(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:

@@ -33,7 +33,10 @@ def is_identity(passage: Passage) -> bool:
 
 def joins(passage: Passage) -> bool:
     """Tell whether a tensor's channels are those of its inputs: sums, products, operators on each channel."""
-    return passage.kind in ("add", "mul") or is_identity(passage)
+    first, last = (passage.links[0], passage.links[-1]) if passage.links else (None, None)
+    halves = first is not None and last is not None and first.source is last.source  # glu
+    halves = halves and not torch.equal(passage.links[0].inputs, passage.links[-1].inputs)
+    return (passage.kind in ("add", "any", "mul") and not halves) or is_identity(passage)
 
 
 def streams(found: Passages) -> dict[fx.Node, fx.Node]:

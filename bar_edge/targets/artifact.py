@@ -103,8 +103,8 @@ def convert_artifact(
     """Write an artifact like another one, its model file converted to a precision, and return the manifest.
 
     convert: from the model file to the new one; what it returns stands in the manifest as `conversion`.
-    own_outputs: the expected outputs are what ONNX Runtime computes with the new file, so that other devices
-    can be compared with it; else they stay those of the network. hint: of the precision, to a runtime that
+    own_outputs: the expected outputs are what the new file means, computed in float, so that every runtime can be
+    compared with it; else they stay those of the network. hint: of the precision, to a runtime that
     rounds by itself what the file holds in float32. The folder is replaced whole, and only if
     the outputs are within tolerance. Raises what `convert` raises, and InputError as `write_artifact` does.
     """
@@ -116,7 +116,7 @@ def convert_artifact(
         if own_outputs:
             inputs = {value["name"]: tensors[value["name"]] for value in manifest["inputs"]}
             names = [value["name"] for value in manifest["outputs"]]
-            outputs = cpu_session(temporary / MODEL).run(None, inputs)
+            outputs = cpu_session(temporary / MODEL, as_written=True).run(None, inputs)
             off = relative(*difference([tensors[name] for name in names], outputs))
             manifest["difference_from_fp32"] = off if off < float("inf") else None
             tensors |= dict(zip(names, outputs, strict=True))

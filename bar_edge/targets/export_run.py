@@ -27,9 +27,12 @@ from bar_edge.targets.form_search import Choice, choose_lowering
 from bar_edge.targets.onnx.file import Preprocessing, parity_onnx
 from bar_edge.targets.onnx.target import ONNX
 from bar_edge.targets.row import Conversion, Target
-from bar_edge.targets.tensorrt.engine import EngineOptions
+from bar_edge.targets.tensorrt.options import EngineOptions
 from bar_edge.training import Task
 from bar_edge_calibration.recipe import Recipe, load_recipe
+
+#: how many times as fast as float32 INT8 must be beyond doubt
+INT8_GAIN = 1.02
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +96,8 @@ def export_network(wanted: Wanted, pruned: Exportable, folder: Path, progress: P
     """Write a network as an artifact folder, compare it with torch on real images, and return what was found.
 
     The verdict is no if the file computes something else (an earlier artifact then stays), if its target's runtime
-    does, if `auto` finds the dense network faster, or if the metric drops by more than wanted.max_drop. Raises what
+    does, unless `auto` finds it faster than the dense network beyond doubt, if INT8 is not beyond doubt INT8_GAIN times
+    as fast as float32, or if the metric drops by more than wanted.max_drop. Raises what
     `write_artifact`, `choose_lowering` and the target's conversion raise.
     """
     inside = pruned.preprocessing if wanted.with_preprocessing else None
@@ -111,7 +115,11 @@ def export_network(wanted: Wanted, pruned: Exportable, folder: Path, progress: P
     )
     written = _written(wanted, pruned, folder, spec, lowering, recipe)
     executed = count_executed(lower(pruned.network, lowering))
-    verdict = Verdict(right=written.stands, kept=written.kept, faster=None if choice is None else choice.faster)
+    verdict = Verdict(
+        right=written.stands,
+        kept=written.kept,
+        faster=not written.slow and (choice is None or choice.faster),
+    )
     return ExportResult(
         verdict=verdict.yes,
         artifact=str(folder),
@@ -155,6 +163,12 @@ class _Written:
         scores = self.manifest.get("held_out")
         return None if scores is None else keeps_metric(scores["drop_points"], self.max_drop)
 
+    @property
+    def slow(self) -> bool:
+        """Whether this is INT8 that is not beyond doubt faster than float32."""
+        speed = self.manifest.get("speedup_over_fp32")
+        return self.manifest["precision"] == "int8" and speed is not None and bool(speed["low"] < INT8_GAIN)
+
     def warnings(self) -> list[str]:
         """Name what speaks against the file."""
         found = [*(self.manifest.get("conversion") or {}).get("warnings", ())]
@@ -163,7 +177,11 @@ class _Written:
             drop = self.manifest["held_out"]["drop_points"]
             found.append(f"the metric dropped by {drop:.2f} points, by more than {self.max_drop:g}")
         speed = self.manifest.get("speedup_over_fp32")
-        if speed is not None and speed["high"] < 1:
+        if speed is not None and self.slow:
+            times = "{speedup:.2f} times as fast as fp32 in the same form (95 %: {low:.2f} to {high:.2f})"
+            told = times.format(**speed)
+            found.append(f"INT8 is {told}, not beyond doubt {INT8_GAIN} times: ship --precision fp32")
+        elif speed is not None and speed["high"] < 1:
             times = 1 / speed["speedup"]
             found.append(f"{times:.2f} times slower than fp32 in the same form: ship --precision fp32")
         return found
@@ -214,6 +232,7 @@ def _written(
         task=pruned.task,
         structure=network.out_spec,
         as_input=lambda images: pruned.as_input(wanted, images),
+        as_written=wanted.precision == "int8" and wanted.target.runtime is None,
     )
     final = wanted.precision == "fp32" and wanted.target.runtime is not None
     with tempfile.TemporaryDirectory() as scratch:

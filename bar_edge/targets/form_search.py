@@ -34,7 +34,7 @@ class Choice:
     """A lowering, and what was measured to choose it."""
 
     lowering: Lowering
-    #: whether the file is faster than the dense network's
+    #: whether the file is faster than the dense network's beyond doubt: in the 95 % interval
     faster: bool
     #: medians in ms of one fresh process: the lowering chosen, the regular form and the dense network
     chosen_ms: float
@@ -92,7 +92,7 @@ def choose_lowering(
     progress.note(f"lowering {chosen}: {judged[chosen]:.3f} ms; regular {judged[regular]:.3f}, dense {dense_ms:.3f}")
     return Choice(
         lowering=chosen,
-        faster=judged[chosen] < dense_ms,
+        faster=compare(measured[last.index(chosen)], measured[-1]).low > 1,
         chosen_ms=judged[chosen],
         regular_ms=judged[regular],
         dense_ms=dense_ms,

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from bar_edge.targets.convert import convert
+from bar_edge.targets.onnx.precision import require_native_bf16
 from bar_edge.targets.row import Forms, Target
+
+
+def _needs(precision: str) -> None:
+    if precision == "bf16":
+        require_native_bf16()
+
 
 OPENVINO = Target(
     name="openvino",
@@ -28,4 +35,5 @@ OPENVINO = Target(
     },
     recipes=("openvino-cpu",),
     hinted=("bf16",),
+    needs=_needs,
 )

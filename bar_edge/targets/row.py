@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bar_edge.records.lowering import Lowering, Packing
-from bar_edge.targets.tensorrt.engine import EngineOptions
+from bar_edge.targets.tensorrt.options import EngineOptions
 from bar_edge_calibration.recipe import Recipe
 
 if TYPE_CHECKING:

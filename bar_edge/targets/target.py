@@ -69,10 +69,12 @@ class HeldOut:
     structure: Any
     #: from normalised images to what the file's input is
     as_input: Callable[[Tensor], Tensor]
+    #: compute what a file means, where no runtime here is the one that it is for
+    as_written: bool = False
 
     def score(self, model: Path, hint: str | None = None) -> float:
         """Return the metric in ONNX Runtime, or in OpenVINO with its hint; higher is better."""
-        run = _openvino(model, hint) if hint else _onnxruntime(model)
+        run = _openvino(model, hint) if hint else _onnxruntime(model, self.as_written)
         module = _Session(run, self.structure, self.as_input)
         metric = evaluate(module, self.data.held_out, self.task, batch=256, device="cpu", precision="fp32")
         return metric if self.task.higher_is_better else -metric
@@ -118,8 +120,8 @@ def finetuned(
     return write
 
 
-def _onnxruntime(model: Path) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
-    session = cpu_session(model)
+def _onnxruntime(model: Path, as_written: bool) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
+    session = cpu_session(model, as_written=as_written)
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images})
 

@@ -15,6 +15,8 @@ from bar_edge_calibration.recipe import Recipe
 #: weights of a convolution that is large, in 1x1 convolutions twice as many: from here on a matrix product is faster in
 #: ONNX Runtime with AMX
 LARGE = 1 << 13
+#: bits of weights -> the largest integer
+LARGEST_WEIGHT = {7: 64, 8: 127}
 #: a bias that changes nothing, but that no runtime takes for 0 and removes
 NO_BIAS = 1e-30
 #: a bias keeps below half of what int32 holds
@@ -186,7 +188,7 @@ class _Placer:
         least = LARGE if weight[0, 0].size > 1 else 2 * LARGE
         large = node.op_type == "Conv" and attribute(node, "group", 1) == 1 and weight.size >= least
         zero_point = int(large and self.recipe.weights == "shifted")
-        highest = np.float32(127 - zero_point)
+        highest = np.float32(LARGEST_WEIGHT[self.recipe.weight_bits] - zero_point)
         if node.op_type == "ConvTranspose" and attribute(node, "group", 1) > 1:
             scale = np.array(np.abs(weight).max() / highest)  # an axis that holds the channels of one group only
         else:

@@ -27,6 +27,8 @@ from bar_edge_calibration.recipe import Recipe
 SENSITIVITY_IMAGES = 256
 #: at most this share of the layers is left in float
 MAX_FLOAT_SHARE = 0.25
+#: bits of weights -> where the file computes what it means
+RIGHT_ON = {7: "every processor", 8: "processors that add products in 32 bits: x86 with VNNI or AMX, Arm, GPUs"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +115,7 @@ def quantize(
             "seed": calibration.seed,
             "onnx_sha256": calibration.onnx_sha256,
         },
+        "right_on": RIGHT_ON[recipe.weight_bits],
         "settings": found.to_json(),
         "score": ladder.verdict(promise),
         "rungs": ladder.rungs,
@@ -266,8 +269,9 @@ def _first(batches: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
 
 
 def _outputs(model: onnx.ModelProto, batches: list[np.ndarray]) -> list[np.ndarray]:
-    """Return a model's outputs in float64, over all batches."""
+    """Return what a model means, in float64, over all batches: no integers are multiplied."""
     options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads, options.inter_op_num_threads = 1, 1
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -26,6 +26,9 @@ class Recipe:
     grids: Literal["signed", "shared"]
     #: shifted: those of large convolutions have a zero point of 1, for the sake of the kernel that takes them
     weights: Literal["symmetric", "shifted"]
+    #: 7: integers of -64 to 64, so that two products with eight bits of an activation sum to less than 2**15: x86 CPUs
+    #: without VNNI or AMX add them in pairs in 16 bits, and what is more would be cut off; 8: -127 to 127
+    weight_bits: Literal[7, 8]
     #: of biases; int32 has the scale of the input times that of the weight; every: float32, and where a convolution
     #: has none, one that changes nothing
     bias: Literal["int32", "float32", "every"]
@@ -58,7 +61,11 @@ def read_recipe(name: str, text: str) -> Recipe:
     kinds = {field: get_args(kind) for field, kind in get_type_hints(Recipe).items() if field != "name"}
     for field in sorted(kinds.keys() | fields.keys()):
         if field not in kinds or fields.get(field) not in kinds[field]:
-            known = f"{field} = one of {', '.join(kinds[field])}" if field in kinds else f"only {', '.join(kinds)}"
+            known = (
+                f"{field} = one of {', '.join(map(str, kinds[field]))}"
+                if field in kinds
+                else f"only {', '.join(kinds)}"
+            )
             raise InputError(
                 f"{known} in the recipe {name}", got=repr(fields.get(field, "nothing")), remedy="correct the recipe"
             )

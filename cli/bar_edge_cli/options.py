@@ -49,7 +49,7 @@ def split_budgets(texts: Iterable[str]) -> tuple[str | None, str | None]:
     """Tell the budget to train for from the one in ms to judge by; raises InputError for two of a kind."""
     found: dict[bool, str] = {}
     for text in texts:
-        in_ms = Budget.parse(text).metric == "ms"
+        in_ms = Budget.parse(text).cost.of_device
         if in_ms in found:
             raise InputError(
                 "at most one --budget to train for and one in ms to judge by", got=f"{found[in_ms]} and {text}"

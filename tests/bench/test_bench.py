@@ -9,11 +9,14 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
@@ -40,6 +43,13 @@ from bar_edge.requests import BenchRequest
 from tests.targets.tensorrt_surface import download
 
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
+
+
+def bf16_or_no() -> AbstractContextManager[object]:
+    """Expect that OpenVINO computes in bf16, or that it is said where this processor has none."""
+    if torch.cpu._is_avx512_bf16_supported():
+        return nullcontext()
+    return pytest.raises(EnvironmentLacks, match="a CPU that OpenVINO computes bf16 on")
 
 
 def relu_file(path: Path, shape: tuple[str | int, ...] = ("batch", 3, 4, 4), dtype: int = TensorProto.FLOAT) -> Path:
@@ -116,8 +126,9 @@ def test_openvino(tmp_path: Path) -> None:
     a, b = bench_onnx(files, runtime="openvino-cpu", threads=2, batch=3, seconds=0.05)
     assert len(a.samples_ms) == len(b.samples_ms) >= MIN_RUNS
     assert (a.environment["runtime"], a.environment["precision"]) == ("openvino-cpu", "fp32")
-    (half,) = bench_onnx(files[:1], runtime="openvino-cpu", precision="bf16", seconds=0.05)
-    assert save_measurement(files[0], half).name == "bench-openvino-cpu-bf16-t1-b1.json"
+    with bf16_or_no():
+        (half,) = bench_onnx(files[:1], runtime="openvino-cpu", precision="bf16", seconds=0.05)
+        assert save_measurement(files[0], half).name == "bench-openvino-cpu-bf16-t1-b1.json"
     (tmp_path / "bad.onnx").write_bytes(b"rubbish")
     with pytest.raises(InputError, match=r"bad\.onnx"):
         bench_onnx([tmp_path / "bad.onnx"], runtime="openvino-cpu")
@@ -358,12 +369,30 @@ def test_fast_but_wrong_is_no(tmp_path: Path) -> None:
     assert nan["verdict"] is False
 
 
+@pytest.mark.parametrize(("used", "right"), [("<Type: 'float32'>", False), ("<Type: 'bfloat16'>", True)])
+def test_bf16_that_openvino_does_not_compute_in_is_said(
+    monkeypatch: pytest.MonkeyPatch, used: str, right: bool
+) -> None:
+    """It takes the hint on every CPU, and follows it on those that have bf16."""
+    request = SimpleNamespace(infer=None)
+    compiled = SimpleNamespace(get_property=lambda name: used, create_infer_request=lambda: request)
+    model = SimpleNamespace(inputs=[], reshape=lambda shapes: None)
+    core = SimpleNamespace(read_model=lambda path: model, compile_model=lambda *_: compiled)
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core, __version__="0"))
+    for precision in ("fp32", "bf16"):
+        settings = runner.Settings(1, 1, precision, alone=True)
+        refused = pytest.raises(runner.Problem, match="a CPU that OpenVINO computes bf16 on")
+        with nullcontext() if right or precision == "fp32" else refused:
+            assert runner.load_openvino_cpu(Path("a.onnx"), "a.onnx", settings).version == "0"
+
+
 @needs_openvino
 def test_bf16_may_be_further_off(tmp_path: Path) -> None:
     off = artifact(tmp_path / "off", off=0.01)
-    for precision, within in (("fp32", False), ("bf16", True)):
-        (found,) = bench_onnx([off], runtime="openvino-cpu", precision=precision, seconds=0.02)
-        assert found.parity is not None and found.parity["within"] is within
+    for precision, within, expected in (("fp32", False, nullcontext()), ("bf16", True, bf16_or_no())):
+        with expected:
+            (found,) = bench_onnx([off], runtime="openvino-cpu", precision=precision, seconds=0.02)
+            assert found.parity is not None and found.parity["within"] is within
 
 
 def test_samples_that_cannot_be_read(tmp_path: Path) -> None:

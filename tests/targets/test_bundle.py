@@ -21,7 +21,7 @@ from bar_edge.network import trace
 from bar_edge.records.lowering import Lowering
 from bar_edge.targets.artifact import ArtifactSpec, write_artifact
 from bar_edge.targets.tensorrt.bundle import build_script, write_bundle
-from bar_edge.targets.tensorrt.engine import EngineOptions
+from bar_edge.targets.tensorrt.options import EngineOptions
 from bar_edge.targets.verify import file_hash
 from tests.reference import randomise
 from tests.targets.fake_tensorrt import SURFACE

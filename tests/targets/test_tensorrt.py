@@ -15,7 +15,9 @@ from onnx.reference import ReferenceEvaluator
 
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
 from bar_edge.targets.tensorrt import cuda
-from bar_edge.targets.tensorrt.engine import EngineOptions, Gpu, build, foreign, load, manifest_path
+from bar_edge.targets.tensorrt.build import build
+from bar_edge.targets.tensorrt.engine import Gpu, foreign, load, manifest_path
+from bar_edge.targets.tensorrt.options import EngineOptions
 from tests.targets.fake_tensorrt import COMPUTE_MS, D2H_MS, H2D_MS, SURFACE, FakeDriver, World, fits, make_tensorrt
 from tests.targets.tensorrt_surface import WHEELS, download
 

@@ -12,13 +12,14 @@ import pytest
 from tests.targets.tensorrt_surface import SURFACE, WHEELS, download, read_surface
 
 RECORDED = json.loads(SURFACE.read_text())
-MODULE = Path(__file__).parents[2] / "bar_edge" / "targets" / "tensorrt" / "engine.py"
+FOLDER = Path(__file__).parents[2] / "bar_edge" / "targets" / "tensorrt"
+MODULES = [FOLDER / name for name in ("bindings.py", "build.py", "engine.py")]
 
 
 def module_names() -> set[str]:
-    """Every `trt.A.B` in our module, as "A.B"."""
+    """Every `trt.A.B` in our modules, as "A.B"."""
     found = set()
-    for node in ast.walk(ast.parse(MODULE.read_text())):
+    for node in (node for module in MODULES for node in ast.walk(ast.parse(module.read_text()))):
         chain = []
         while isinstance(node, ast.Attribute):
             chain.append(node.attr)
@@ -50,9 +51,10 @@ import sys
 import tensorrt_bindings
 sys.modules["tensorrt"] = tensorrt_bindings
 from bar_edge.errors import EnvironmentLacks
-from bar_edge.targets.tensorrt.engine import HARDWARE, _make, _new_log, import_tensorrt, np
+from bar_edge.targets.tensorrt.bindings import make, new_log, import_tensorrt
+import numpy as np
 trt = import_tensorrt()
-log = _new_log(trt)
+log = new_log(trt)
 for level in ("ERROR", "INTERNAL_ERROR", "WARNING", "INFO"):
     log.log(getattr(trt.ILogger.Severity, level), level)
 assert log.errors == ["ERROR", "INTERNAL_ERROR"] and log.warnings == ["WARNING"], (log.errors, log.warnings)
@@ -61,7 +63,7 @@ types = [np.dtype(trt.nptype(kind)).name for kind in (trt.DataType.FLOAT, trt.Da
 assert types == ["float32", "float16", "uint8"]
 for kind in (trt.Builder, trt.Runtime):
     try:
-        _make(kind, log)
+        make(kind, log)
     except EnvironmentLacks as error:
         assert kind.__name__ in str(error)
     else:

@@ -23,7 +23,7 @@ from bar_edge.network import Expand, MixedAdd, Network, leaves, trace
 from bar_edge.network.graph_json import attach
 from bar_edge.records import ChannelPlan
 from bar_edge.surgery import slice_network
-from bar_edge.targets.torch_source import source as torch_source
+from bar_edge.targets.torch_source import operators
 from bar_edge.targets.torch_source.source import write_torch_source
 from tests.reference import random_kept, randomise
 
@@ -442,9 +442,9 @@ def test_all_our_leaves_are_tried() -> None:
 
 
 def test_names_in_the_tables_exist() -> None:
-    assert not [name for name in torch_source._METHODS | torch_source._SPREAD if not hasattr(Tensor, name)]
-    assert not [name for name in torch_source._TORCH if not hasattr(torch, name)]
-    assert not [name for name in torch_source._FUNCTIONAL.values() if not hasattr(F, name)]
+    assert not [name for name in operators.METHODS | operators.SPREAD if not hasattr(Tensor, name)]
+    assert not [name for name in operators.TORCH if not hasattr(torch, name)]
+    assert not [name for name in operators.FUNCTIONAL.values() if not hasattr(F, name)]
 
 
 def test_shared_weights_stay_one(made: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from bar_edge.methods.gating import hard_concrete
 from bar_edge.methods.gating.hard_concrete import GateDecision
 from bar_edge.methods.gating.layout import GateLayout, Writers
 from bar_edge.network import Network
-from bar_edge.network.channels import TRANSPOSED, called_again, has_pole
+from bar_edge.network.channels import COMPARISONS, TRANSPOSED, called_again, has_pole
 from bar_edge.network.graph_json import describe, rebuild
 from bar_edge.network.liveness import held_channels
 from bar_edge.network.network import unflatten
@@ -232,7 +232,7 @@ def _sites(layout: GateLayout) -> list[Site]:
             mortal[node] = mortal[source] or not bool(fed.view(groups, -1).any(1).all())
             if mortal[node]:
                 sites.append(Site(node, 0, 0, writers))
-        masked = (passage.kind in ("map", "norm") and not passage.keeps_zero) or has_pole(node)
+        masked = (passage.kind in ("map", "norm", "any") and not passage.keeps_zero) or has_pole(layout.network, node)
         if masked and node not in taken and (mortal[node] or not writers.always.all()):
             norm = isinstance(layout.network.module_of(node), nn.modules.batchnorm._BatchNorm)
             sites.append(Site(node, 0, 0, writers, soft=norm and str(node.target) not in again))
@@ -269,11 +269,12 @@ def _insert(network: Network, gates: Gates, sites: list[Site]) -> fx.GraphModule
             shape[gates.layout.found[node].axis] = -1
             shaped = graph.call_function(aten.reshape.default, (factor, shape))
             given = dict(made)
-            if has_pole(node):  # 0 * infinity is not 0, and no gradient is: what is absent comes as 1
+            if has_pole(network, node):  # 0 * infinity is not 0, and no gradient is: what is absent comes as 1
                 source = [n for n in node.args if isinstance(n, fx.Node)][-1]
                 there = graph.call_function(aten.gt.Scalar, (shaped, 0))
                 given[source] = graph.call_function(aten.where.ScalarOther, (there, made[source], 1))
-            made[node] = graph.call_function(aten.mul.Tensor, (graph.node_copy(node, given.__getitem__), shaped))
+            times = aten.logical_and.default if node.target in COMPARISONS else aten.mul.Tensor
+            made[node] = graph.call_function(times, (graph.node_copy(node, given.__getitem__), shaped))
     return fx.GraphModule(root, graph)
 
 

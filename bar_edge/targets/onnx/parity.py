@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 
 #: precision -> the largest max|a-b| / max|a| that counts as equal: between torch in float32 and the file, or for int8
-#: between the file in ONNX Runtime and the same file elsewhere
+#: between what the file means, computed in float, and the same file in a runtime
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2, "int8": 5e-2}
 
 
@@ -26,9 +26,15 @@ def relative(error: float, scale: float) -> float:
     return 0.0 if error == 0 else error / scale if scale else float("inf")
 
 
-def cpu_session(path: Path) -> onnxruntime.InferenceSession:
-    """Open a file in ONNX Runtime on one CPU thread."""
+def cpu_session(path: Path, *, as_written: bool = False) -> onnxruntime.InferenceSession:
+    """Open a file in ONNX Runtime on one CPU thread.
+
+    as_written: every operator of the file runs as it stands there, none is replaced. An INT8 file is then computed in
+    float (DequantizeLinear, Conv, QuantizeLinear), which is what it means, whatever integers the processor multiplies.
+    """
     options = onnxruntime.SessionOptions()
+    if as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from bar_edge.errors import InputError
+from bar_edge.errors import EnvironmentLacks, InputError
 from bar_edge.files import write_bytes
 
 Half = Literal["fp16", "bf16"]
@@ -61,6 +62,23 @@ def to_half(onnx_path: Path, out_path: Path, precision: Half) -> None:
     graph.ClearField("value_info")
     onnx.checker.check_model(model, full_check=True)
     write_bytes(out_path, model.SerializeToString(deterministic=True))
+
+
+def require_native_bf16() -> None:
+    """Raise EnvironmentLacks unless OpenVINO computes in bf16 on this CPU: on others it ignores its hint, unsaid."""
+    try:
+        openvino = importlib.import_module("openvino")
+    except ImportError as error:
+        required, remedy = "the package openvino, for bf16", 'pip install "bar-edge[openvino]"'
+        raise EnvironmentLacks(required, got="none", consequence="nothing was written", remedy=remedy) from error
+    found = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if "BF16" not in found:
+        raise EnvironmentLacks(
+            "a CPU that OpenVINO computes bf16 on (AVX512-BF16, AMX)",
+            got=f"one with {', '.join(found)}, where the same file would run in fp32",
+            consequence="nothing was written",
+            remedy="use --precision fp32 or int8, or export on the machine that will run the file",
+        )
 
 
 def _round(tensor: onnx.TensorProto, precision: Half) -> None:

@@ -15,8 +15,8 @@ from bar_edge.targets.artifact import parity_entry, replacing
 from bar_edge.targets.onnx.precision import to_half
 from bar_edge.targets.tensorrt.check import require_accepted
 from bar_edge.targets.tensorrt.device_build import BUILDER, RUNNER
-from bar_edge.targets.tensorrt.engine import EngineOptions
 from bar_edge.targets.tensorrt.operators import VERSIONS
+from bar_edge.targets.tensorrt.options import EngineOptions
 from bar_edge.targets.verify import MANIFEST, MODEL, SAMPLES, file_hash, read_manifest, sample_error
 
 #: bf16 files need opset 22, which 10.3 does not read

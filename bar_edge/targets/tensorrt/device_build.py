@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bar_edge.errors import BarEdgeError, EnvironmentLacks
-from bar_edge.targets.tensorrt.engine import EngineOptions, build, manifest_path
+from bar_edge.targets.tensorrt.build import build
+from bar_edge.targets.tensorrt.engine import manifest_path
+from bar_edge.targets.tensorrt.options import EngineOptions
 
 MODEL, ENGINE, SAMPLES, MANIFEST = "model.onnx", "model.engine", "samples.safetensors", "manifest.json"
 BUILDER, RUNNER = "build.pyz", "run.py"

@@ -18,9 +18,11 @@ from bar_edge.records.lowering import Lowering
 from bar_edge.targets.convert import convert_to_int8
 from bar_edge.targets.measured import latency_of, parity_of
 from bar_edge.targets.row import Conversion, Target
+from bar_edge.targets.tensorrt.bindings import import_tensorrt
 from bar_edge.targets.tensorrt.bundle import SCRIPT, write_bundle
 from bar_edge.targets.tensorrt.device_build import BUILDER, ENGINE, RUNNER, build_and_check
-from bar_edge.targets.tensorrt.engine import EngineOptions, import_tensorrt, manifest_path
+from bar_edge.targets.tensorrt.engine import manifest_path
+from bar_edge.targets.tensorrt.options import EngineOptions
 from bar_edge.targets.verify import MANIFEST, MODEL, file_hash
 
 #: how long an engine's build on another device may take, in seconds

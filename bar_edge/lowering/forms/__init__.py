@@ -1,0 +1,1 @@
+"""Families of forms: each makes some nodes of a lowered graph."""
