@@ -204,7 +204,7 @@ def rebuild(data: dict[str, Any]) -> tuple[fx.GraphModule, Shapes, Any]:
         if item["op"] not in ("placeholder", "call_module", "call_function", "get_attr", "output"):
             raise ValueError(f"node kind {item['op']} is not allowed in a network file")
         if item["op"] != "call_function":
-            (check_target if item["op"] in ("call_module", "get_attr") else _check_name)(item["target"])
+            (check_path if item["op"] in ("call_module", "get_attr") else _check_name)(item["target"])
         target = _resolve(item["target"]) if item["op"] == "call_function" else item["target"]
         args, kwargs = tuple(_decode(item["args"], nodes)), _decode(item["kwargs"], nodes)
         for key in kwargs:
@@ -228,7 +228,7 @@ def _check_name(name: str) -> None:
         raise ValueError(f"{name!r} is not a name")
 
 
-def check_target(name: str) -> None:
+def check_path(name: str) -> None:
     """Raise ValueError for a name of a module or tensor that trace would not have written: it could be code."""
     if safe_name(name) != name or not all(name.split(".")):
         raise ValueError(f"{name!r} is not a name")

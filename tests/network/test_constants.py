@@ -85,6 +85,8 @@ COMPUTED: dict[str, tuple[set[str], bool, Callable[[], nn.Module]]] = {
         a=conv(3), c=conv(3), w=nn.Parameter(torch.ones(2)), b=conv(8, 4))),
     "frozen norms written by hand": ({"a"}, False, lambda: Net(
         lambda s, x: s.b(frozen_norm(s, s.a(x)).relu()), a=conv(3, bias=False), b=conv(8, 4), **NORM)),
+    "frozen norms of detectors": ({"a"}, False, lambda: Net(
+        lambda s, x: s.b(F.batch_norm(s.a(x), s.rm, s.rv, s.w, s.bias).relu()), a=conv(3), b=conv(8, 4), **NORM)),
     "a scale that is frozen": ({"a"}, False, lambda: Net(
         lambda s, x: s.b(s.a(x) * s.g.exp()), a=conv(3), b=conv(8, 4),
         g=nn.Parameter(torch.randn(8, 1, 1), requires_grad=False))),

@@ -124,19 +124,6 @@ def test_networks_that_cannot_be_read_quote_the_line(end: str, said: str) -> Non
     assert said in str(error.value) and "test_preflight.py:" in str(error.value)
 
 
-def test_a_name_that_python_reserves() -> None:
-    class Reserved(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.parts = nn.ModuleDict({"global": nn.Conv2d(3, 4, 3)})
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.parts["global"](x)
-
-    with pytest.raises(InputError, match="words of Python"):
-        trace(Reserved(), torch.zeros(2, 3, 8, 8))
-
-
 def test_a_network_without_convolutions_is_refused() -> None:
     with pytest.raises(InputError, match="convolution.*\\n.*1: its channels are the network's output"):
         BAR(nn.Sequential(nn.Flatten(1), nn.Linear(48, 10)), torch.zeros(2, 3, 4, 4), budget="2x", steps=10)
