@@ -17,22 +17,13 @@ from bar_edge.network import Network
 from bar_edge.records import ChannelPlan
 from bar_edge.surgery import slice_network
 from tests.meaning import masked_answer, masked_run
-from tests.network import random_networks
-from tests.network.random_networks import (
-    BLOCKS,
-    KINDS,
-    Case,
-    Grower,
-    RandomNetwork,
-    Step,
-    check,
-    enliven,
-    examine,
-    inputs_of,
-    random_case,
-    shrink,
-    shrunk,
-)
+from tests.network.random_networks import blocks, grower, proof
+from tests.network.random_networks.blocks import BLOCKS
+from tests.network.random_networks.case import Case, Step
+from tests.network.random_networks.grower import Grower, random_case
+from tests.network.random_networks.proof import check, enliven, examine, inputs_of
+from tests.network.random_networks.shrinking import shrink, shrunk
+from tests.network.random_networks.steps import KINDS, RandomNetwork
 from tests.reference import contrasting, difference, randomise
 from tests.reference import masked_answer as older_answer
 
@@ -243,7 +234,7 @@ def test_the_narrower_reference_agrees() -> None:
 
 
 def only(block: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, seed: int) -> Case:
-    monkeypatch.setattr(random_networks, "BLOCKS", {block: 10, random_networks.plain: 1})
+    monkeypatch.setattr(grower, "BLOCKS", {block: 10, blocks.plain: 1})
     return Grower(seed, blocks=3).case
 
 
@@ -297,15 +288,15 @@ def shifted_norms(network: Network, plan: ChannelPlan) -> Network:
 @pytest.mark.parametrize("wrong", [other_channels, more_channels, shifted_norms])
 def test_a_wrong_slice_is_noticed(wrong: Callable[..., Network], monkeypatch: pytest.MonkeyPatch) -> None:
     case = with_norm()
-    monkeypatch.setattr(random_networks, "slice_network", wrong)
+    monkeypatch.setattr(proof, "slice_network", wrong)
     failure = examine(case).failure
     assert failure is not None and failure.kind == "answer"
 
 
 def test_wrong_counts_and_files_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, count = with_norm(), random_networks.count
+    case, count = with_norm(), proof.count
     with monkeypatch.context() as patch:
-        patch.setattr(random_networks, "count", lambda network, plan=None: count(network))
+        patch.setattr(proof, "count", lambda network, plan=None: count(network))
         failure = examine(case).failure
         assert failure is not None and failure.kind == "count"
     load = Network.load
@@ -322,7 +313,7 @@ def test_wrong_counts_and_files_are_noticed(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_failure_shrinks_to_the_steps_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     case = with_norm()
-    monkeypatch.setattr(random_networks, "slice_network", shifted_norms)
+    monkeypatch.setattr(proof, "slice_network", shifted_norms)
     failure = examine(case).failure
     assert failure is not None
     small = shrunk(failure)

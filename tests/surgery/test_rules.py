@@ -20,7 +20,7 @@ from bar_edge.network import Network, count, trace
 from bar_edge.records import ChannelPlan
 from bar_edge.surgery import masked_outputs, relative_difference, slice_network
 from tests.meaning import masked_answer
-from tests.network.random_networks import enliven
+from tests.network.random_networks.proof import enliven
 from tests.reference import contrasting, difference, visible
 
 FLOAT64 = 1e-12  # 1e-16 per layer
