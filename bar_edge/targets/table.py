@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from bar_edge.errors import EnvironmentLacks, InputError
-from bar_edge.targets.onnx.target import ONNX
-from bar_edge.targets.openvino import OPENVINO
-from bar_edge.targets.row import PRECISIONS, Forms, Target
-from bar_edge.targets.tensorrt.target import TRT, TRT_BUNDLE
-from bar_edge.targets.torch_source.target import TORCH
+import importlib
 
-TARGETS = {target.name: target for target in (ONNX, OPENVINO, TRT, TRT_BUNDLE, TORCH)}
+from bar_edge.errors import EnvironmentLacks, InputError
+from bar_edge.targets.row import PRECISIONS, Forms, Target
+
+ROWS = (
+    "onnx.target:ONNX",
+    "openvino:OPENVINO",
+    "tensorrt.target:TRT",
+    "tensorrt.target:TRT_BUNDLE",
+    "torch_source.target:TORCH",
+)
+
+
+def read_row(text: str) -> Target:
+    """Return the target that a line of ROWS names: a module of this folder, and a name in it."""
+    module, _, name = text.partition(":")
+    row = getattr(importlib.import_module(f"bar_edge.targets.{module}"), name)
+    assert isinstance(row, Target)
+    return row
+
+
+TARGETS = {row.name: row for row in map(read_row, ROWS)}
 #: forms for a runtime or a precision that no target names
 ELSEWHERE = Forms.of("gather:4", "pointwise:16", "slices", "regular:16", "regular")
 _NOTHING = "nothing was written"

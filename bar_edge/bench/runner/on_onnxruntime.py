@@ -71,8 +71,8 @@ def _load_onnxruntime(path: Path, name: str, settings: Settings, provider: str, 
 
 
 #: ONNX Runtime's TensorRT must be allowed the types that are in a file of fp16, bf16 or int8
-CPU = Runtime("onnxruntime-cpu", load_onnxruntime_cpu, ("fp32",), gpu=False)
-CUDA = Runtime("onnxruntime-cuda", load_onnxruntime_cuda, ("fp32",), gpu=True)
-TENSORRT = Runtime(
-    "onnxruntime-tensorrt", load_onnxruntime_tensorrt, ("fp32", "fp16", "bf16", "int8"), gpu=True, builds=True
+RUNTIMES = (
+    Runtime("onnxruntime-cpu", load_onnxruntime_cpu, ("fp32",), gpu=False),
+    Runtime("onnxruntime-cuda", load_onnxruntime_cuda, ("fp32",), gpu=True),
+    Runtime("onnxruntime-tensorrt", load_onnxruntime_tensorrt, ("fp32", "fp16", "bf16", "int8"), gpu=True, builds=True),
 )

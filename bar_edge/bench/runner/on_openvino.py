@@ -44,4 +44,4 @@ def load_openvino_cpu(path: Path, name: str, settings: Settings) -> Loaded:
 
 
 #: bf16 rounds by itself, without calibration
-CPU = Runtime("openvino-cpu", load_openvino_cpu, ("fp32", "bf16"), gpu=False)
+RUNTIMES = (Runtime("openvino-cpu", load_openvino_cpu, ("fp32", "bf16"), gpu=False),)

@@ -61,4 +61,4 @@ def _layer_times(ours: Any, engine: Any, arrays: list[Any]) -> dict[str, float]:
         raise _told(error) from error
 
 
-TENSORRT = Runtime("tensorrt", load_tensorrt, ("fp32",), gpu=True, builds=True)
+RUNTIMES = (Runtime("tensorrt", load_tensorrt, ("fp32",), gpu=True, builds=True),)

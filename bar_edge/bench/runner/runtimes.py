@@ -1,16 +1,18 @@
-"""All runtimes: one line each."""
+"""All runtimes: one line for each module that has some."""
 
 from __future__ import annotations
 
-from . import on_onnxruntime, on_openvino, on_tensorrt
+import importlib
 
-RUNTIMES = {
+from .records import Runtime
+
+MODULES = (
+    "on_onnxruntime",
+    "on_openvino",
+    "on_tensorrt",
+)
+RUNTIMES: dict[str, Runtime] = {
     runtime.name: runtime
-    for runtime in (
-        on_onnxruntime.CPU,
-        on_onnxruntime.CUDA,
-        on_onnxruntime.TENSORRT,
-        on_openvino.CPU,
-        on_tensorrt.TENSORRT,
-    )
+    for module in MODULES
+    for runtime in importlib.import_module(f".{module}", __package__).RUNTIMES
 }
