@@ -120,7 +120,7 @@ def test_a_runtime(examples: dict[str, str], tmp_path: Path, monkeypatch: pytest
         protocol.bench_onnx([file], runtime="onnx-reference")
     names: dict[str, Any] = {"__package__": "bar_edge.bench.runner", "__name__": "bar_edge.bench.runner.on_reference"}
     exec(examples["bar_edge/bench/runner/on_reference.py"], names)
-    assert examples["a line of RUNTIMES in bar_edge/bench/runner/runtimes.py"] == "on_reference.CPU,\n"
+    assert examples["a line of RUNTIMES in bar_edge/bench/runner/runtimes.py"] == "on_reference.CPU\n"
     monkeypatch.setitem(RUNTIMES, names["CPU"].name, names["CPU"])
     found = measure(request)
     assert len(found["models"][0]["samples_ms"]) >= 10 and found["environment"]["runtime"] == "onnx-reference"
