@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bar_edge.bench import runtimes_here
-from bar_edge.data import DataSource
+from bar_edge.data import DataSource, check_data
 from bar_edge.data.memory import RANDOM, random_data
 from bar_edge.errors import InputError
 from bar_edge.files import read_json
@@ -81,6 +81,8 @@ def _begin(
     bench: with which runtime, threads and on which device; lowering: of that table.
     """
     material = read_material(request)
+    for note in material.data.notes:
+        (progress or NoProgress()).note(note)
     if Budget.parse(request.budget).cost.of_device and not request.table:
         file = out / "latency-table.json"
         if not file.is_file():
@@ -121,6 +123,8 @@ def profile(
     """Measure what a model's operations take on a device, for budgets in ms; write the table and its plot."""
     door.check_spec(model, model_args)
     door.check_profile(runtime, lowering, on, threads)
+    if data is not None:
+        check_data(data)
     shape, classes = shape_and_classes(data, input_shape)
     network = read_network(model, model_args, shape, classes)
     bench = BenchRequest(runtime=runtime, threads=threads, on=on)
@@ -174,9 +178,15 @@ def inspect_model(
     table: Path | None = None,
 ) -> dict[str, Any]:
     """Return layers, costs, what can be pruned and what not and why, and the smallest feasible budgets of a model."""
+    door.check_spec(model, model_args)
+    if budget is not None:
+        door.check_budget_needs(budget, table)
+    if data is not None:
+        check_data(data)
+    priced = LatencyTable.load(table) if table else None
     shape, classes = shape_and_classes(data, input_shape)
     network = read_network(model, model_args, shape, classes)
-    layout = GateLayout(network, keep=keep, round_to=round_to, table=LatencyTable.load(table) if table else None)
+    layout = GateLayout(network, keep=keep, round_to=round_to, table=priced)
     unsure = [] if Path(model).is_dir() else modes_apart(build_module(model, model_args, shape, classes))
     answer = {"model": model, "input": list(shape), **preflight(layout, unsure)}
     if budget is not None:
@@ -195,15 +205,21 @@ def slice_model(
     weights: Path | None = None,
 ) -> dict[str, Any]:
     """Slice a model by a plan file, check parity on random inputs, and write the network folder."""
+    channel_plan = ChannelPlan.from_json(read_json(plan))
+    door.check_file(weights, "weights")
+    whole = weights is not None and is_network_folder(weights)
+    if not whole:
+        door.check_spec(model, model_args)
+    if data is not None:
+        check_data(data)
     shape, classes = shape_and_classes(data, input_shape)
-    if weights is not None and is_network_folder(weights):
+    if whole and weights is not None:
         network = Network.load(weights)
     else:
         module = build_module(model, model_args, shape, classes)
         if weights is not None:
             load_weights(module, weights)
         network = trace_module(module, shape)
-    channel_plan = ChannelPlan.from_json(read_json(plan))
     sliced = slice_network(network, channel_plan)
     images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     parity = masked_parity(network, channel_plan, sliced, images)

@@ -7,6 +7,8 @@ What a record alone can tell is checked when it is made; what depends on targets
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +32,11 @@ from bar_edge.records import Budget
 def _option(default: Any, text: str, metavar: str = "NAME") -> Any:
     """Return a field that is an option, with its help text."""
     return dataclasses.field(default=default, metadata={"help": text, "metavar": metavar})
+
+
+def _check_drop(points: float | None) -> None:
+    if points is not None and not math.isfinite(points):
+        raise InputError("max_drop: a number of percentage points", got=repr(points), consequence="nothing was started")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +86,7 @@ class PruneRequest:
     def __post_init__(self) -> None:
         """Raise InputError for widths that are multiples of nothing, and for a text that is no budget."""
         at_least(self, 1, "round_to")
+        _check_drop(self.max_drop)
         Budget.parse(self.budget)
 
 
@@ -127,6 +135,7 @@ class ExportRequest:
         """Raise InputError for numbers with which nothing can be measured."""
         at_least(self, 1, "threads")
         at_least(self, 0, "choice_seconds")
+        _check_drop(self.max_drop)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,6 +207,30 @@ class DeployRequest:
         if "bench_batch" in options:
             bench["batch"] = options["bench_batch"]
         return cls(prune=prune, export=ExportRequest(**export), bench=BenchRequest(**bench))
+
+
+def anchored(request: PruneRequest, folder: Path) -> PruneRequest:
+    """Return the request as a RUN folder keeps it: files and folders by their way from there."""
+    named = {name: getattr(request, name) for name in _PATHS}
+    paths: dict[str, Any] = {name: os.path.relpath(value, folder) for name, value in named.items() if _is_path(value)}
+    return dataclasses.replace(request, **paths)
+
+
+def located(stored: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the content of a RUN's config.toml with files and folders by their way from the working directory.
+
+    What is not there stays as it is: older runs kept the way from where they were started.
+    """
+    named = {name: os.path.join(folder, str(stored[name])) for name in _PATHS if stored.get(name)}
+    return {**stored, **{name: os.path.relpath(path) for name, path in named.items() if _is_path(path)}}
+
+
+def _is_path(value: str | None) -> bool:
+    return bool(value) and value != "digits" and Path(str(value)).exists()
+
+
+#: options that may name a file or folder
+_PATHS = ("model", "data", "weights", "teacher", "table")
 
 
 def names_code(spec: object) -> bool:

@@ -9,7 +9,7 @@ from bar_edge.bench.protocol import (
     save_measurement,
     summary,
 )
-from bar_edge.bench.runner import RUNTIMES
+from bar_edge.bench.runner.runtimes import RUNTIMES
 from bar_edge.bench.statistics import Comparison, compare, drift, median_interval, meets
 
 __all__ = [

@@ -91,7 +91,10 @@ class EncodedImages:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class UserImages:
-    """A map-style data set of (image, target): PIL images, or tensors (C, H, W), uint8 or float in [0, 1]."""
+    """A map-style data set of (image, target): PIL images, or tensors (C, H, W), uint8 or float in [0, 1].
+
+    Tensors may have any number of channels; all but those of 1 and 3 must have one size.
+    """
 
     dataset: Any
     origin: str
@@ -108,19 +111,37 @@ class UserImages:
         if isinstance(image, Image.Image):
             # a copy, because what is opened here is closed after use
             return image.copy()
-        pixels = torch.as_tensor(image)
-        if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
-            raise ValueError(f"an image has shape (1 or 3, H, W), got {tuple(pixels.shape)}")
-        if pixels.is_floating_point():
-            if not (pixels.min() >= 0 and pixels.max() <= 1):
-                raise ValueError("float images lie in [0, 1]: return them before normalisation, bar-edge normalises")
-            pixels = (pixels * 255).round()
-        array = pixels.to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+        array = _planes(image)
+        if array.shape[2] not in (1, 3):
+            raise ValueError(f"all images have as many channels as the first, got {array.shape[2]}")
         return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+
+    def planes(self, index: int) -> npt.NDArray[np.uint8]:
+        """Return one image as (H, W, C)."""
+        return _planes(self.dataset[index][0])
+
+    def layers(self) -> Geometry | None:
+        """Return the geometry of images of other than 1 or 3 channels, from the first one, else None."""
+        image = None if isinstance(self.dataset[0][0], Image.Image) else torch.as_tensor(self.dataset[0][0])
+        if image is None or image.ndim != 3 or image.shape[0] in (1, 3):
+            return None
+        channels, height, width = image.shape
+        return Geometry(channels=channels, height=height, width=width, resize=False)
 
     def describe(self, index: int) -> str:
         """Name an item, counted from 0."""
         return f"{self.origin}, item {index}"
+
+
+def _planes(image: Any) -> npt.NDArray[np.uint8]:
+    pixels = torch.as_tensor(image)
+    if pixels.ndim != 3:
+        raise ValueError(f"an image has shape (C, H, W), got {tuple(pixels.shape)}")
+    if pixels.is_floating_point():
+        if not (pixels.min() >= 0 and pixels.max() <= 1):
+            raise ValueError("float images lie in [0, 1]: return them before normalisation, bar-edge normalises")
+        pixels = (pixels * 255).round()
+    return pixels.to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
 
 
 def corrupt(got: str) -> InputError:
@@ -129,13 +150,14 @@ def corrupt(got: str) -> InputError:
         "every image of the data set can be decoded",
         got=got,
         consequence="the data set cannot be used as it is",
-        remedy="remove or replace this image",
+        remedy="remove or replace this image; images of more than 4 channels come as tensors (C, H, W) from "
+        "package.module:factory",
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Geometry:
-    """How images become equal: `channels` 1 or 3, and a size, or the one that they all have."""
+    """How images become equal: their channels, and a size, or the one that they all have."""
 
     channels: int
     #: height and width of the result
@@ -143,6 +165,9 @@ class Geometry:
     width: int
     #: resize and crop; otherwise every image must have this size already
     resize: bool
+    #: bits that integers above 8 bits use, and the value of white in float images: 1 or 255
+    bits: int = 16
+    white: float = 255.0
 
     @property
     def n_bytes(self) -> int:
@@ -164,13 +189,15 @@ def decode(
     """
     mode = "L" if geometry.channels == 1 else "RGB"
     try:
+        if isinstance(images, UserImages) and geometry.channels not in (1, 3):
+            return images.planes(index).reshape(geometry.height, geometry.width, geometry.channels)
         with images.open(index) as image:
             if mode == "L" and image.mode not in _GREY_MODES:
                 raise UnlikeOthersError(f"{images.describe(index)} has colours")
             if not geometry.resize and image.size != (geometry.width, geometry.height):
                 raise UnlikeOthersError(f"{images.describe(index)} is {image.width}x{image.height} pixels")
-            fitting = _resize_and_crop(image, geometry, corner) if geometry.resize else image
-            array = np.asarray(_eight_bits(fitting, mode))
+            fitting = _resize_and_crop(image, geometry, corner, images.describe(index)) if geometry.resize else image
+            array = np.asarray(_eight_bits(fitting, mode, geometry, images.describe(index)))
     except (BarEdgeError, UnlikeOthersError):
         raise
     # Pillow and a user's data set raise a dozen kinds of exception for a broken image
@@ -184,21 +211,32 @@ def _without_path(error: Exception) -> str:
     return "cannot identify image file" if "cannot identify" in str(error) else str(error)
 
 
-def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith("I"):
-        # Pillow clips 16-bit images at 255 instead of scaling them
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+def _eight_bits(image: Image.Image, mode: str, geometry: Geometry, name: str) -> Image.Image:
+    """Return an image of 8 bits; more bits and floats, which Pillow would clip at 255, are scaled by their range."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("pixels that are no numbers")
+        brightest = geometry.white if image.mode == "F" else (1 << geometry.bits) - 1
+        if not (values.min() >= 0 and values.max() <= brightest):
+            raise UnlikeOthersError(
+                f"{name} has pixels from {values.min():g} to {values.max():g}, beyond {brightest:g}"
+            )
+        # whole levels of integers, as a shift would give them
+        scale = 255 / geometry.white if image.mode == "F" else 2.0 ** (8 - geometry.bits)
+        scaled = (values * scale).round() if image.mode == "F" else np.floor(values * scale)
+        image = Image.fromarray(scaled.astype(np.uint8))
     return image if image.mode == mode else image.convert(mode)
 
 
-def _resize_and_crop(image: Image.Image, geometry: Geometry, corner: tuple[float, float]) -> Image.Image:
+def _resize_and_crop(image: Image.Image, geometry: Geometry, corner: tuple[float, float], name: str) -> Image.Image:
     # the usual 256 for a crop of 224, in proportion
     shorter = max(round(geometry.height * 8 / 7), geometry.height)
     image.draft(None, (shorter, shorter))
     scale = shorter / min(image.size)
     size = (max(shorter, round(image.width * scale)), max(shorter, round(image.height * scale)))
     if image.mode not in ("L", "RGB"):
-        image = image.convert("RGB") if image.mode not in _GREY_MODES else _eight_bits(image, "L")
+        image = image.convert("RGB") if image.mode not in _GREY_MODES else _eight_bits(image, "L", geometry, name)
     image = image.resize(size, Image.Resampling.BILINEAR)
     top = round(corner[0] * (size[1] - geometry.height))
     left = round(corner[1] * (size[0] - geometry.width))
@@ -210,8 +248,13 @@ def survey(splits: Sequence[Images], size: int | None, default_size: int, *, who
 
     size: asked for by the user; default_size: used where images differ and nothing was asked for.
     """
+    layers = splits[0].layers() if isinstance(splits[0], UserImages) else None
+    if layers is not None:
+        if size not in (None, layers.height):
+            raise InputError(f"size {layers.height}, in which these images come", got=str(size), remedy="omit the size")
+        return layers
     sizes: set[tuple[int, int]] = set()
-    grey = True
+    grey, brightest = True, {"I": 0.0, "F": 0.0}
     for images in splits:
         step = 1 if whole else max(1, len(images) // _SAMPLE)
         for index in range(0, len(images), step):
@@ -219,13 +262,26 @@ def survey(splits: Sequence[Images], size: int | None, default_size: int, *, who
                 with images.open(index) as image:
                     sizes.add(image.size)
                     grey = grey and image.mode in _GREY_MODES
+                    if image.mode[0] in brightest:
+                        brightest[image.mode[0]] = max(brightest[image.mode[0]], _brightest(image))
             except Exception as error:
                 raise corrupt(f"{images.describe(index)}: {type(error).__name__}: {_without_path(error)}") from error
     width, height = next(iter(sizes))
     resize = len(sizes) > 1 or (size is not None and (height, width) != (size, size))
     if resize:
         height = width = size or default_size
-    return Geometry(channels=1 if grey else 3, height=height, width=width, resize=resize)
+    bits = next((bits for bits in (8, 10, 12, 14) if brightest["I"] < 1 << bits), 16) if brightest["I"] else 16
+    white = 255.0 if brightest["F"] > 1 or not brightest["F"] else 1.0
+    return Geometry(channels=1 if grey else 3, height=height, width=width, resize=resize, bits=bits, white=white)
+
+
+def _brightest(image: Image.Image) -> float:
+    """Return the largest pixel of an image of integers above 8 bits or of floats."""
+    low, high = (float(value) for value in image.getextrema())  # type: ignore[arg-type]
+    most = 255 if image.mode == "F" else 65535
+    if not (low >= 0 and high <= most):
+        raise ValueError(f"pixels lie in [0, 1], [0, 255] or 16 bits, got {low:g} to {high:g}")
+    return high
 
 
 def decode_all(images: Images, geometry: Geometry, indices: Sequence[int] | None = None) -> Tensor:

@@ -54,6 +54,7 @@ def load_data(
     _check_targets_fit(raw.train_targets, geometry)
     sample = train if isinstance(train, Tensor) else _sample(train, geometry)
     mean, std = channel_statistics(sample)
+    _check_variance(std, name)
     # digits and the like turn into something else when mirrored
     mirrored = raw.photographs and geometry.channels == 3
     automatic: tuple[str, ...] = ("crop", "flip") if mirrored else ("crop",)
@@ -73,6 +74,13 @@ def load_data(
         ]  # fmt: skip
 
     rest, held_out = stratified(raw.train_targets, HELD_OUT_SHARE, seed)
+    if not len(held_out):
+        raise InputError(
+            "at least two training images of some class: choices are made on held-out ones",
+            got=f"{len(rest)} training images of {name}, one per class",
+            consequence="nothing was started",
+            remedy="add images",
+        )
     fit_split, held_out_split = split(train, raw.train_targets, [rest, held_out])
     (test_split,) = split(test, raw.test_targets, [torch.arange(count_images(raw.test_targets))])
     return DataSource(
@@ -84,6 +92,7 @@ def load_data(
         fit=fit_split,
         held_out=held_out_split,
         test=test_split,
+        notes=raw.notes,
     )
 
 
@@ -145,6 +154,18 @@ def _check(raw: Raw, name: str) -> None:
                 got=f"labels from {low} to {high} in the {split} split of {name}",
                 remedy="remove images without a label, or use a split that has them",
             )
+
+
+def _check_variance(std: tuple[float, ...], name: str) -> None:
+    # `channel_statistics` leaves a channel that never changes unscaled
+    still = [str(channel) for channel, deviation in enumerate(std) if deviation == 1.0]
+    if still:
+        raise InputError(
+            "images whose channels differ somewhere",
+            got=f"channel {', '.join(still)} is the same in all training images of {name}",
+            consequence="nothing was started",
+            remedy="look at the images as they are read: a lost range or a wrong format makes them all black",
+        )
 
 
 def _check_targets_fit(targets: Targets, geometry: Geometry) -> None:

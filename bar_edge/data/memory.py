@@ -48,6 +48,10 @@ class MemorySplit:
         """Return the number of images."""
         return len(self.indices)
 
+    def all_targets(self) -> Targets:
+        """Return the targets of every image, in the order of the split."""
+        return take(self.pixels.targets, self.indices)
+
     def n_batches(self, batch: int, drop_last: bool) -> int:
         """Return how many batches one pass yields."""
         return count_batches(len(self), batch, drop_last)

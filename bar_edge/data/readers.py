@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from bar_edge.data.source import Targets, stratified
 from bar_edge.errors import EnvironmentLacks, InputError
 from bar_edge.user_code import call
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+#: of images that are not read here
+_UNREAD = (".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg", ".psd", ".raw", ".dng", ".npy", ".exr")
 _TEST_NAMES = ("test", "val", "validation", "valid")
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -39,6 +42,8 @@ class Raw:
     classes: tuple[str, ...] = ()
     #: whether mirroring an image keeps its meaning
     photographs: bool = True
+    #: files and folders that were left out, in words
+    notes: tuple[str, ...] = ()
 
 
 def read_digits() -> Raw:
@@ -150,14 +155,50 @@ def _read_class_folders(folder: Path) -> Raw:
     if test_name is None:
         found = sorted(path.name for path in folder.iterdir())[:10]
         raise InputError("test/CLASS/ or val/CLASS/ beside train/CLASS/", got=f"{folder.name}/ with {', '.join(found)}")
-    classes = tuple(sorted(path.name for path in (folder / "train").iterdir() if path.is_dir()))
+    classes = tuple(path.name for path in _class_folders(folder / "train"))
     train, train_targets = _list_images(folder / "train", classes)
     test, test_targets = _list_images(folder / test_name, classes)
-    return Raw(train=train, train_targets=train_targets, test=test, test_targets=test_targets, classes=classes)
+    present = set(torch.unique(train_targets).tolist())
+    without = [name for number, name in enumerate(classes) if number not in present]
+    if without:
+        raise InputError(
+            f"images ({', '.join(SUFFIXES)}) in every folder of train/, each of which is a class",
+            got=f"none in {', '.join(without[:10])}",
+            consequence="nothing was read",
+            remedy="remove these folders, or put images there",
+        )
+    return Raw(
+        train=train,
+        train_targets=train_targets,
+        test=test,
+        test_targets=test_targets,
+        classes=classes,
+        notes=(*_left_out(folder / "train"), *_left_out(folder / test_name)),
+    )
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    """Return the folders of classes by name: hidden ones, such as .ipynb_checkpoints, are no classes."""
+    return sorted((path for path in folder.iterdir() if path.is_dir() and not _hidden(path)), key=lambda p: p.name)
+
+
+def _hidden(path: Path) -> bool:
+    return path.name.startswith(".") or path.name in ("__MACOSX", "__pycache__")
+
+
+def _left_out(folder: Path) -> list[str]:
+    """Say which folders and images are not read."""
+    hidden = sorted(path.name for path in folder.iterdir() if path.is_dir() and _hidden(path))
+    notes = [f"{folder.name}/{name}/ is no class: left out" for name in hidden]
+    unread = Counter(path.suffix.lower() for path in folder.rglob("*") if path.suffix.lower() in _UNREAD)
+    if unread:
+        found = ", ".join(f"{number} {suffix}" for suffix, number in sorted(unread.items()))
+        notes.append(f"{folder.name}/ holds images of formats that are not read, left out: {found}")
+    return notes
 
 
 def _list_images(folder: Path, classes: tuple[str, ...]) -> tuple[FileImages, Tensor]:
-    strangers = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in classes)
+    strangers = [path.name for path in _class_folders(folder) if path.name not in classes]
     if strangers:
         raise InputError(
             f"{folder.name}/ holds the classes of train/",
@@ -166,7 +207,8 @@ def _list_images(folder: Path, classes: tuple[str, ...]) -> tuple[FileImages, Te
     paths: list[Path] = []
     targets: list[int] = []
     for number, name in enumerate(classes):
-        found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in SUFFIXES)
+        inside = (path for path in (folder / name).rglob("*") if path.suffix.lower() in SUFFIXES)
+        found = sorted(path for path in inside if not any(map(_hidden, path.relative_to(folder / name).parents)))
         paths += found
         targets += [number] * len(found)
     return FileImages(folder.parent, tuple(paths)), torch.tensor(targets, dtype=torch.int64)

@@ -24,6 +24,9 @@ class Split(Protocol):
     def __len__(self) -> int:
         """Return the number of images."""
 
+    def all_targets(self) -> Targets:
+        """Return the targets of every image, in the order of the split."""
+
     def n_batches(self, batch: int, drop_last: bool) -> int:
         """Return how many batches one pass yields; drop_last is what training does."""
 
@@ -55,6 +58,8 @@ class DataSource:
     fit: Split
     held_out: Split
     test: Split
+    #: what a person should know of the data, such as files that were left out
+    notes: tuple[str, ...] = ()
 
 
 def each(function: Callable[[Tensor], Tensor], targets: Targets) -> Targets:

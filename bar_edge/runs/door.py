@@ -26,6 +26,7 @@ from bar_edge.requests import (
     ExportRequest,
     PruneRequest,
     check_trusted,
+    located,
     prune_request,
 )
 from bar_edge.targets.table import TARGETS, check_target, runtime_of
@@ -47,8 +48,7 @@ def check_prune(request: PruneRequest, out: Path, *, resume: bool) -> None:
     choose_device(request.train.device)
     for option in ("weights", "teacher", "table"):
         named = getattr(request, option)
-        if named is not None and not Path(named).exists():
-            raise InputError(f"a file for --{option}", got=f"{named}, which is not there", consequence=_NOTHING)
+        check_file(Path(named) if named is not None else None, option)
     if request.table is not None:
         LatencyTable.load(Path(request.table))
     check_folder(out, resume)
@@ -82,7 +82,7 @@ def stored_request(run: Path, request: ExportRequest, *, trust: bool) -> PruneRe
             got=f"{run.name} without config.toml",
             remedy="give the folder of `bar-edge prune --out`",
         )
-    stored = read_toml(file)
+    stored = located(read_toml(file), run)
     given = {name: getattr(request, name) for name in ("data", "task") if getattr(request, name) is not None}
     unused = {"model", "model_arg"} | (set() if computes_metric(request) else {"task"})
     if request.target == "torch":
@@ -107,8 +107,7 @@ def check_bench(request: BenchRequest, runtime: str) -> None:
         raise InputError(
             f"for {runtime} a precision out of: {known}", got=request.precision, consequence="nothing was measured"
         )
-    if request.against is not None and not request.against.exists():
-        raise InputError("an artifact, an ONNX file or a measurement for --against", got=f"no {request.against.name}")
+    check_file(request.against, "against")
 
 
 def check_deploy(request: DeployRequest, out: Path, *, resume: bool) -> None:
@@ -147,6 +146,12 @@ def check_spec(model: str, model_args: tuple[str, ...]) -> None:
     """Raise InputError unless a model SPEC names something that may exist; the user's own code is not imported."""
     if not any(map(is_network_folder, (Path(model), Path(model) / "network"))):
         check_model(model, model_args)
+
+
+def check_file(path: Path | None, option: str) -> None:
+    """Raise InputError for an option that names a file or folder that is not there."""
+    if path is not None and not path.exists():
+        raise InputError(f"a file for --{option}", got=f"{path.name}, which is not there", consequence=_NOTHING)
 
 
 def check_lowering(text: str) -> None:

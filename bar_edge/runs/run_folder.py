@@ -38,7 +38,8 @@ from bar_edge.records.result import (
     Result,
     Side,
 )
-from bar_edge.requests import PruneRequest
+from bar_edge.requests import PruneRequest, anchored
+from bar_edge.runs.rehearsal import rehearse, rehearse_task, two
 from bar_edge.runs.specs import Material, portable, sample_images, with_weights
 from bar_edge.surgery import masked_outputs, relative_difference, slice_network
 from bar_edge.training import Distills, Journal, Phase, evaluate, train
@@ -67,7 +68,10 @@ class Run:
         self.layout = self.layout_of(self.network)
         self.budget = Budget.parse(config.budget)
         self.limit = budget_limit(self.layout, self.budget)
-        _prepare_folder(out, to_toml(config))
+        if not is_network_folder(out / "dense"):  # nothing is trained yet
+            rehearse_task(self.network, self.task, self.data, config.train)
+            rehearse(self.layout, self.budget.metric, self.limit, two(self.data.held_out)[0])
+        _prepare_folder(out, config)
         self.journal = Journal(out, resume=resume)
 
     def finished(self) -> bool:
@@ -309,11 +313,12 @@ def _layer_results(dense: Network, plan: ChannelPlan) -> tuple[LayerResult, ...]
     )
 
 
-def _prepare_folder(out: Path, toml: str) -> None:
+def _prepare_folder(out: Path, config: PruneRequest) -> None:
     """Make the RUN folder; refuses to resume a run with other options."""
-    file = out / "config.toml"
+    file, toml = out / "config.toml", to_toml(anchored(config, out))
     if file.is_file():
-        if file.read_text(encoding="utf-8") != toml:
+        # runs of before kept paths as seen from where they were started
+        if file.read_text(encoding="utf-8") not in (toml, to_toml(config)):
             raise InputError(
                 "the options of the run that was stopped",
                 got=f"options that differ from {out.name}/config.toml",

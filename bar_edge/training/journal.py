@@ -57,17 +57,12 @@ class Journal:
         """
         path = self._path(phase)
         if not path.exists():
+            # what finished phases wrote stays, though nobody loads their checkpoints
+            others = [self._read(other)["metrics_bytes"] for other in self.checkpoints.glob("*.pt")]
+            self._valid_bytes = max([self._valid_bytes, *others])
             return None
-        try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            then = state["settings"]
-            self._valid_bytes = state["metrics_bytes"]
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            raise InputError(
-                f"a whole checkpoint at checkpoints/{path.name}",
-                got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no text'}",
-                remedy="delete the file to train this phase anew, or start without --resume",
-            ) from error
+        state = self._read(path)
+        then, self._valid_bytes = state["settings"], state["metrics_bytes"]
         changed = [f"{key}={settings.get(key)}" for key in {**then, **settings} if then.get(key) != settings.get(key)]
         if changed:
             raise InputError(
@@ -89,6 +84,19 @@ class Journal:
             )
         with self.metrics.open("ab") as file:
             file.truncate(self._valid_bytes)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """Return a checkpoint; raises InputError if the file is damaged."""
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            _ = state["settings"], state["metrics_bytes"]
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            raise InputError(
+                f"a whole checkpoint at checkpoints/{path.name}",
+                got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no text'}",
+                remedy="delete the file to train this phase anew, or start without --resume",
+            ) from error
+        return state
 
     def _path(self, phase: str) -> Path:
         return self.checkpoints / f"{phase}.pt"

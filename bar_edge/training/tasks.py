@@ -50,6 +50,15 @@ class Distills(Protocol):
         ...
 
 
+@runtime_checkable
+class Checks(Protocol):
+    """A task that tells before any training whether outputs and targets are for it."""
+
+    def check(self, outputs: Any, targets: Targets) -> None:
+        """Raise InputError if they are not; outputs: of two images, targets: of a whole split."""
+        ...
+
+
 class Classification:
     """Cross-entropy and top-1 accuracy; outputs `(N, C)` logits, targets `(N,)` class indices."""
 
@@ -64,6 +73,14 @@ class Classification:
         """Return (correct, all) `(2,)`."""
         correct = (outputs.argmax(dim=1) == targets).sum()
         return torch.stack([correct, torch.full_like(correct, targets.numel())])
+
+    def check(self, outputs: Any, targets: Targets) -> None:
+        """Raise InputError unless there is one output per class and one class per image."""
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+            raise _unfit("classification: outputs (N, classes)", f"outputs {_shape(outputs)}")
+        if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
+            raise _unfit("classification: one class per image, an integer", f"targets {_shape(targets)}")
+        _check_range(targets, outputs.shape[1], "labels")
 
     def value(self, counts: Tensor) -> float:
         """Return the share of correct predictions."""
@@ -92,6 +109,21 @@ class Segmentation:
         pairs = targets[labelled] * classes + outputs.argmax(dim=1)[labelled]
         return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
+    def check(self, outputs: Any, targets: Targets) -> None:
+        """Raise InputError unless there is one output per class and pixel, and a mask of classes per image."""
+        if not isinstance(outputs, Tensor) or outputs.ndim != 4:
+            raise _unfit(
+                "segmentation: outputs (N, classes, H, W), one tensor",
+                f"outputs {_shape(outputs)}",
+                "wrap the model so that it returns that tensor alone, such as outputs['out'], or give a task of your "
+                "own: --task package.module:Task",
+            )
+        masks = isinstance(targets, Tensor) and targets.ndim == 3 and not targets.is_floating_point()
+        if not masks or targets.shape[1:] != outputs.shape[2:]:
+            size = "x".join(map(str, outputs.shape[2:]))
+            raise _unfit(f"segmentation: masks of integers, {size} as the outputs are", f"targets {_shape(targets)}")
+        _check_range(targets[targets != UNLABELLED], outputs.shape[1], f"masks ({UNLABELLED} where there is no label)")
+
     def value(self, counts: Tensor) -> float:
         """Return the mean of intersection over union, over the classes that were seen or predicted."""
         counts = counts.double()
@@ -102,6 +134,44 @@ class Segmentation:
     def distill(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """Return the soft cross-entropy, the mean over all pixels, unlabelled ones included."""
         return soft_cross_entropy(student, teacher, temperature)
+
+
+def _check_range(targets: Tensor, classes: int, what: str) -> None:
+    if not targets.numel():
+        return
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0:
+        raise _unfit(
+            f"{what} from 0 to {classes - 1}",
+            f"{low}",
+            f"write {UNLABELLED} where a mask has no label, drop such images",
+        )
+    if high >= classes:
+        raise _unfit(
+            f"{what} from 0 to {classes - 1}, for the network's {classes} outputs",
+            f"{low} to {high}",
+            "give a model with an output for every class (--model-arg), or data without the others",
+        )
+
+
+def _shape(value: Any) -> str:
+    """Say what outputs or targets are: their shape and type, or what holds them."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_shape(part)}" for name, part in value.items()) + "}"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_shape, value))})"
+    return f"a {type(value).__name__}"
+
+
+def _unfit(required: str, got: str, remedy: str = "") -> InputError:
+    return InputError(
+        required,
+        got=got,
+        consequence="nothing was started",
+        remedy=remedy or "correct model or data, or give a task of your own: --task package.module:Task",
+    )
 
 
 TASKS: dict[str, Callable[[], Task]] = {"classification": Classification, "segmentation": Segmentation}

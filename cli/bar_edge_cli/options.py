@@ -12,7 +12,7 @@ from typing import Any
 from bar_edge.config import PHASES, overlay, read_toml
 from bar_edge.errors import InputError
 from bar_edge.records import Budget
-from bar_edge.requests import PruneRequest, check_trusted, prune_request
+from bar_edge.requests import PruneRequest, check_trusted, located, prune_request
 
 
 def resolve(
@@ -28,14 +28,17 @@ def resolve(
     for text in assignments:
         typed = overlay(typed, assignment(text))
     stored = read_toml(config_file) if config_file else {}
-    if config_file and not trust and is_stored_run(config_file.parent):
-        check_trusted(stored, typed)
+    if config_file and is_stored_run(config_file.parent):
+        stored = located(stored, config_file.parent)
+        if not trust:
+            check_trusted(stored, typed)
     return prune_request(overlay(stored, typed))
 
 
 def is_stored_run(folder: Path) -> bool:
     """Tell whether a folder is a RUN, whose config.toml is data like the rest of it."""
-    return any((folder / name).exists() for name in ("result.json", "plan.json", "checkpoints", "dense", "network"))
+    parts = ("result.json", "plan.json", "checkpoints", "dense", "network")
+    return (folder / "config.toml").is_file() and any((folder / part).exists() for part in parts)
 
 
 def given(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -298,6 +298,112 @@ def test_sixteen_bit_images_are_scaled_not_clipped(tmp_path: Path) -> None:
     assert pixels_of(images, source)[0, 0, 0, :4].tolist() == [0, 1, 128, 255]
 
 
+@pytest.mark.parametrize(
+    ("white", "kind", "size"),
+    [(1.0, "float32", "F"), (0.7, "float32", "F"), (200.0, "float32", "F"), (1023, "uint16", "I;16")]
+    + [(4095, "uint16", "I;16"), (255, "uint16", "I;16"), (16000, "uint16", "I;16"), (65535, "uint16", "I;16")],
+)
+def test_more_than_eight_bits_and_floats_are_scaled_by_their_range(
+    tmp_path: Path, white: float, kind: str, size: str
+) -> None:
+    """Float TIFFs in [0, 1] became all 0, 12-bit images kept 16 levels."""
+    for split, number in (("train", 10), ("test", 4)):
+        for name in COLOURS:
+            (tmp_path / split / name).mkdir(parents=True)
+            for n in range(number):
+                values = np.random.default_rng(n).random((12, 16)) * white
+                values[0, :2] = (0, white)
+                file = tmp_path / split / name / f"{n}.{'tiff' if size == 'F' else 'png'}"
+                Image.fromarray(values.astype(kind)).save(file)
+    source = load_data(str(tmp_path))
+    levels = pixels_of(everything(source.fit)[0], source).unique()
+    assert len(levels) > 150 and int(levels.min()) == 0 and int(levels.max()) > 170
+    assert source.input_shape == (1, 12, 16)
+
+
+@pytest.mark.parametrize("values", [(-1.0, 1.0), (0.0, 1000.0), (0.0, float("nan"))])
+def test_floats_of_another_range_are_refused(tmp_path: Path, values: tuple[float, float]) -> None:
+    write_class_folders(tmp_path)
+    Image.fromarray(np.tile(np.array(values, np.float32), (12, 8))).save(tmp_path / "train" / "red" / "000.tiff")
+    with pytest.raises(InputError, match="000.tiff"):
+        load_data(str(tmp_path), memory_limit_bytes=0)
+
+
+def test_a_channel_without_variance_is_refused(tmp_path: Path) -> None:
+    write_class_folders(tmp_path)
+    for file in tmp_path.rglob("*.png"):
+        pixels = np.array(Image.open(file))
+        pixels[:, :, 1] = 7
+        Image.fromarray(pixels).save(file)
+    with pytest.raises(InputError, match="channel 1 is the same"):
+        load_data(str(tmp_path))
+
+
+@pytest.mark.parametrize("hidden", [".ipynb_checkpoints", ".git", "__MACOSX"])
+def test_hidden_folders_are_no_classes(tmp_path: Path, hidden: str) -> None:
+    write_class_folders(tmp_path)
+    before = load_data(str(tmp_path))
+    for folder in (tmp_path / "train", tmp_path / "test", tmp_path / "train" / "red"):
+        (folder / hidden).mkdir()
+        picture(0).save(folder / hidden / "000.png")
+    found = load_data(str(tmp_path))
+    assert found.classes == before.classes and len(found.fit) == len(before.fit)
+    assert f"train/{hidden}/ is no class" in " ".join(found.notes) and not before.notes
+
+
+def test_an_empty_folder_of_a_class_is_named(tmp_path: Path) -> None:
+    write_class_folders(tmp_path)
+    (tmp_path / "train" / "violet").mkdir()
+    with pytest.raises(InputError, match="none in violet"):
+        load_data(str(tmp_path))
+
+
+def test_what_is_not_read_is_counted_and_named(tmp_path: Path) -> None:
+    write_class_folders(tmp_path)
+    for name in ("a.avif", "b.avif", "c.heic"):
+        (tmp_path / "train" / "red" / name).write_bytes(b"")
+    assert "2 .avif, 1 .heic" in load_data(str(tmp_path)).notes[0]
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".jfif"])
+def test_other_names_of_known_formats_are_read(tmp_path: Path, suffix: str) -> None:
+    write_class_folders(tmp_path)
+    before = len(load_data(str(tmp_path)).fit)
+    for n in range(20):
+        picture(n).save(tmp_path / "train" / "red" / f"more{n}{suffix}", "JPEG" if suffix == ".jfif" else "GIF")
+    assert len(load_data(str(tmp_path)).fit) == before + 18
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5, 12])
+def test_images_of_any_number_of_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channels: int) -> None:
+    (tmp_path / "layers.py").write_text(
+        f"""import torch
+class Data:
+    classes = ("a", "b")
+    def __len__(self): return 40
+    def __getitem__(self, i):
+        return torch.randint(0, 256, ({channels}, 6, 8), dtype=torch.uint8,
+                             generator=torch.Generator().manual_seed(i)), i % 2
+def both(): return Data(), Data()
+"""
+    )
+    monkeypatch.chdir(tmp_path)
+    source = load_data("layers.py:both")
+    assert source.input_shape == (channels, 6, 8)
+    item = torch.randint(0, 256, (channels, 6, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pixels_of(everything(source.test)[0], source)[0], item)
+    assert isinstance(load_data("layers.py:both", memory_limit_bytes=0).fit, StreamSplit)
+
+
+def test_one_image_per_class_holds_none_out(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for n, name in enumerate(COLOURS):
+            (tmp_path / split / name).mkdir(parents=True)
+            picture(n).save(tmp_path / split / name / "0.png")
+    with pytest.raises(InputError, match="held-out"):
+        load_data(str(tmp_path))
+
+
 def test_fit_and_held_out_share_one_tensor(tmp_path: Path) -> None:
     write_parquet(tmp_path)
     source = load_data(str(tmp_path))

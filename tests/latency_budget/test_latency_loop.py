@@ -22,6 +22,7 @@ from bar_edge.records import ChannelPlan
 from bar_edge.records.export_result import ExportResult
 from bar_edge.records.latency_table import LatencyTable
 from bar_edge.requests import BenchRequest, DeployRequest, ExportRequest, PruneRequest
+from bar_edge.runs import specs
 from bar_edge.runs.measure import Benched
 from bar_edge.runs.run_folder import Pruned
 from tests.latency_budget.test_latency import made_up
@@ -189,3 +190,36 @@ def test_an_infeasible_budget_starts_nothing(setting: tuple[Path, float], tmp_pa
     with pytest.raises(InputError, match="at least"):
         pipeline.deploy(request(setting[0], 0.0001), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, where: Any, name: str) -> list[str]:
+    """Count the calls of a function."""
+    real, calls = getattr(where, name), list[str]()
+
+    def function(*args: Any, **options: Any) -> Any:
+        calls.append(name)
+        return real(*args, **options)
+
+    monkeypatch.setattr(where, name, function)
+    return calls
+
+
+def test_a_deploy_traces_once_and_reads_the_data_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profiling, pruning, correcting, exporting and measuring hand on what the first of them read."""
+
+    def profiled(network: Network, out: Path, **_: Any) -> LatencyTable:
+        table = made_up(network)
+        table.save(out)
+        return table
+
+    table = made_up(dense())
+    full = GateLayout(dense(), table=table).cost({}, "ms")
+    monkeypatch.setattr(pipeline, "profile_network", profiled)
+    monkeypatch.setattr(pipeline, "plot_table", lambda *_: None)
+    traces = [counted(monkeypatch, specs, name) for name in ("trace", "build", "load_data")]
+    device = Device(monkeypatch, lambda ms: 1.3 * ms)
+    train = TrainConfig(dense=0, prune=0, tune=0, device="cpu")
+    pruning = PruneRequest(model="resnet20", budget=f"{round(0.6 * full, 3)}ms", train=train)
+    answer = pipeline.deploy(DeployRequest(prune=pruning), tmp_path / "run")
+    assert answer["verdict"] and len(device.exported) > 1
+    assert [len(calls) for calls in traces] == [1, 1, 1]

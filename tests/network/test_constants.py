@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
 from bar_edge.errors import InputError
+from bar_edge.methods import GateLayout
 from bar_edge.network import Network, count, prunable, trace
+from bar_edge.runs.inspection import preflight
 from bar_edge.surgery import relative_difference
 from tests.network.test_loose_tensors import Net, conv, exact, half_of_every_layer, images
 from tests.reference import randomise
@@ -140,6 +142,7 @@ def test_what_is_computed_of_weights_alone(name: str, tmp_path: Path) -> None:
     network = exact(build(), oracle=name not in UNKNOWN_TO_THE_ORACLE)
     assert {layer for layer, reason in prunable(network).items() if not reason} >= pruned
     assert bool(network.notes) == baked
+    assert set(network.notes) <= set(preflight(GateLayout(network), [])["warnings"])
     metric = "flops" if count(network).flops else "params"
     assert count(network, half_of_every_layer(network)).of(metric) < 0.62 * count(network).of(metric)
     network.save(tmp_path / "n")

@@ -165,8 +165,31 @@ def test_a_linear_layer_after_flatten_reads_whole_maps() -> None:
 def test_operators_without_a_rule_see_zeros_and_exist() -> None:
     net = Net(lambda s, x: torch.cos(s.a(x).cumsum(1)), a=conv(3, 4))
     meets(net, {"a": (0, 3)}, lambda s, x: torch.cos(without(s.a(x), 1, 2).cumsum(1)))
-    net = Net(lambda s, x: torch.cos(torch.maximum(s.a(x), s.b(x))), a=conv(3, 2), b=conv(3, 2))
-    meets(net, {"a": (0,), "b": (0,)}, lambda s, x: torch.cos(torch.maximum(without(s.a(x), 1), without(s.b(x), 1))))
+
+
+def test_the_larger_of_two_and_a_choice_between_them_exist_where_either_does() -> None:
+    parts = {"a": conv(3, 4), "b": conv(3, 4)}
+    kept = {"a": (0, 1), "b": (1, 2)}
+    absent = lambda s, x: (without(s.a(x), 2, 3), without(s.b(x), 0, 3))  # noqa: E731
+    net = Net(lambda s, x: torch.cos(torch.maximum(s.a(x), s.b(x))), **parts)
+    meets(net, kept, lambda s, x: without(torch.cos(torch.maximum(*absent(s, x))), 3))
+
+    def choice(s: Any, x: Tensor) -> Tensor:
+        return (lambda a, b: torch.where(a > 0.1, a, b) + 0.5)(s.a(x), s.b(x))
+
+    def by_hand(s: Any, x: Tensor) -> Tensor:
+        a, b = absent(s, x)
+        return without(torch.where(a > 0.1, a, b) + 0.5, 3)
+
+    meets(Net(choice, **parts), kept, by_hand)
+    net = Net(lambda s, x: s.a(x).masked_fill(s.a(x) <= 0, 0.5), a=conv(3, 4))
+    masked = lambda a: a.masked_fill(a <= 0, 0.5)  # noqa: E731
+    meets(net, {"a": (0, 1)}, lambda s, x: without(masked(without(s.a(x), 2, 3)), 2, 3))
+
+
+def test_one_half_by_the_other_exists_where_both_do() -> None:
+    net = Net(lambda s, x: torch.cos(F.glu(s.a(x), 1)), a=conv(3, 6))
+    meets(net, {"a": (0, 1, 3, 5)}, lambda s, x: without(torch.cos(F.glu(without(s.a(x), 2, 4), 1)), 1, 2))
 
 
 def test_joining_along_another_axis_exists_where_any_part_does() -> None:

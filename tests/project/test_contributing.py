@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from bar_edge import pipeline
-from bar_edge.bench import protocol, runner
+from bar_edge.bench import RUNTIMES, protocol
+from bar_edge.bench.runner.inputs import random_inputs
+from bar_edge.bench.runner.measuring import measure
+from bar_edge.bench.runner.records import Problem, Settings
 from bar_edge.config import TrainConfig
 from bar_edge.errors import InputError
 from bar_edge.methods import method as methods
@@ -115,17 +118,18 @@ def test_a_runtime(examples: dict[str, str], tmp_path: Path, monkeypatch: pytest
     request = {**settings, "runtime": "onnx-reference", "files": [{"name": file.name, "path": str(file)}]}
     with pytest.raises(InputError):
         protocol.bench_onnx([file], runtime="onnx-reference")
-    exec(examples["bar_edge/bench/runner.py"], names := vars(runner).copy())
-    added = line(examples["a line of RUNTIMES in bar_edge/bench/runner.py"], names)
-    monkeypatch.setitem(runner.RUNTIMES, *added.popitem())
-    found = runner.measure(request)
+    names: dict[str, Any] = {"__package__": "bar_edge.bench.runner", "__name__": "bar_edge.bench.runner.on_reference"}
+    exec(examples["bar_edge/bench/runner/on_reference.py"], names)
+    assert examples["a line of RUNTIMES in bar_edge/bench/runner/runtimes.py"] == "on_reference.CPU,\n"
+    monkeypatch.setitem(RUNTIMES, names["CPU"].name, names["CPU"])
+    found = measure(request)
     assert len(found["models"][0]["samples_ms"]) >= 10 and found["environment"]["runtime"] == "onnx-reference"
     check_bench(BenchRequest(), "onnx-reference")
-    loaded = [runner.RUNTIMES[name].load(file, file.name, runner.Settings(1, 1, "fp32", True)) for name in RUN_HERE]
-    arrays = runner.random_inputs(loaded[0], 1, seed=0)
+    loaded = [RUNTIMES[name].load(file, file.name, Settings(1, 1, "fp32", True)) for name in RUN_HERE]
+    arrays = random_inputs(loaded[0], 1, seed=0)
     first, second = ([torch.tensor(output) for output in one.run(arrays)] for one in loaded)
     assert loaded[0].inputs[0][0] == loaded[1].inputs[0][0]
     assert torch.allclose(first[0], second[0])
     file.write_bytes(b"no network")
-    with pytest.raises(runner.Problem, match="reference implementation loads"):
-        runner.RUNTIMES["onnx-reference"].load(file, file.name, runner.Settings(1, 1, "fp32", True))
+    with pytest.raises(Problem, match="reference implementation loads"):
+        RUNTIMES["onnx-reference"].load(file, file.name, Settings(1, 1, "fp32", True))

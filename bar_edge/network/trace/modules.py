@@ -102,8 +102,7 @@ def _matmul(builder: Builder, node: fx.Node) -> Made:
     if x.meta["val"].ndim < 2:  # type: ignore[union-attr]
         return None
     weight = builder.parameter(matrix)  # type: ignore[arg-type]
-    columns, rows = weight.shape
-    module = nn.Linear(columns, rows, bias=False, device="meta")
+    module = nn.Linear(weight.shape[0], weight.shape[1], bias=False, device="meta")
     module.weight = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
     return builder.owner(node, matrix)[0], module  # type: ignore[arg-type]
 

@@ -280,11 +280,16 @@ def from_features(g: Grower, x: str) -> str:
     return g.join(g.block(x), g.conv(g.do("unflatten", y, shape=[3, *size]), g.random.randint(2, 4), k=1))
 
 
+def larger(g: Grower, x: str) -> str:
+    """The larger of two convolutions, or one half of one by the other."""
+    out = g.width()
+    if g.chance(0.5):
+        return g.do("glu", g.norm(g.conv(x, 2 * out)))
+    return g.do("maximum", a := g.block(x, out), g.resize(g.block(x, out), a))
+
+
 def without_rule(g: Grower, x: str) -> str:
-    how = g.random.choice(["softmax", "channel_mean", "maximum", "cumsum"])
-    if how == "maximum":
-        out = g.width()
-        return g.do("maximum", a := g.block(x, out), g.resize(g.block(x, out), a))
+    how = g.random.choice(["softmax", "channel_mean", "cumsum"])
     if how == "channel_mean":
         return g.do("add", x, g.do(how, x))
     return g.block(g.do(how, x))
@@ -294,7 +299,7 @@ BLOCKS: dict[Callable[[Grower, str], str | None], float] = {
     plain: 8, residual: 12, inverted: 5, separable: 4, grouped: 6, squeeze_excite: 5, add_broadcast: 2, dense_block: 6,
     inception: 5, halves: 5, uneven: 4, take: 3, shuffled: 4, pixels: 4, unshuffled: 2, gate: 4, spatial_gate: 2,
     per_channel: 3, pool: 3, pad: 3, upsample: 4, unet: 4, island: 5, twice: 4, unused: 2, move: 3, two_ways: 4,
-    from_features: 2, without_rule: 5,
+    from_features: 2, larger: 3, without_rule: 4,
 }  # fmt: skip
 
 

@@ -95,6 +95,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "abs": torch.abs,
     "product": lambda x: x * torch.sigmoid(x),
     "quotient": lambda x: x / (1 + x.abs()),
+    "the larger of it and 0": lambda x: torch.maximum(x, torch.zeros_like(x)),
+    "bounded below": lambda x: x.clamp_min(-0.2),
+    "a slope below 0": lambda x: torch.where(x > 0, x, 0.2 * x),
+    "times its sign": lambda x: x * (x > 0),
     "filter response norm": lambda x: (
         x * torch.rsqrt(x.square().mean(tuple(range(2, x.ndim)), True) + 0.1) if x.ndim > 2 else x
     ),
@@ -106,6 +110,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "exp": lambda x: torch.exp(torch.clamp(x, -3.0, 2.0)),
     "clamp away from 0": lambda x: torch.clamp(x, 0.25, 3.0),
     "cos": torch.cos,
+    "threshold": lambda x: F.threshold(x, 0.1, 0.4),
+    "filled": lambda x: x.masked_fill(x <= 0, 0.3),
     "plus": lambda x: x + 0.5,
     "plus in place": lambda x: x.add_(0.5),
     "minus": lambda x: 1 - x,
@@ -121,6 +127,8 @@ FROM_ZERO = [
     "exp",
     "clamp away from 0",
     "cos",
+    "threshold",
+    "filled",
     "plus",
     "minus",
     "logarithm",
@@ -306,10 +314,11 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
     "flatten": lambda x, how="module": nn.Flatten() if how == "module" else Apply(lambda t: t.reshape(t.shape[0], -1)),
     "unflatten": lambda x, shape: Apply(lambda t: t.view(-1, *shape)),
     "unused": Unused,
+    "maximum": lambda a, b: Apply(torch.maximum),
+    "glu": lambda x: Apply(lambda t: F.glu(t, 1)),
     # without a rule, on purpose
     "softmax": lambda x: nn.Softmax(1),
     "channel_mean": lambda x: Apply(lambda t: t.mean(1, keepdim=True)),
-    "maximum": lambda a, b: Apply(torch.maximum),
     "cumsum": lambda x: Apply(lambda t: t.cumsum(1)),
 }
 
