@@ -23,7 +23,7 @@ from bar_edge.records import ChannelPlan
 from bar_edge.records.lowering import Lowering
 from bar_edge.surgery import slice_network
 from tests.meaning import masked_answer
-from tests.network.random_networks import enliven
+from tests.network.random_networks.proof import enliven
 from tests.reference import contrasting, difference
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
