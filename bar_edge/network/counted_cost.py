@@ -128,11 +128,20 @@ def _computed(network: Network, node: fx.Node) -> tuple[int, int]:
     x, weight = (network.shapes[n.name] for n in node.args[:2] if isinstance(n, fx.Node))
     shape = network.shapes[node.name]
     if node.target is aten.linear.default:
-        positions = torch.Size(shape[:-1]).numel() * (len(shape) > 2)
-        return positions * shape[-1] // 2, positions * torch.Size(weight).numel()
+        positions = positions_of(shape, shape[-1])
+        return positions * shape[-1], 2 * positions * torch.Size(weight).numel()
     transposed = node.args[6] if node.target is aten.convolution.default else "transpose" in str(node.target)
     map_shape = x if transposed else shape
     return torch.Size(shape).numel() // 2, shape[0] * torch.Size(map_shape[2:]).numel() * torch.Size(weight).numel()
+
+
+def positions_of(shape: tuple[int, ...], width: int) -> int:
+    """Return at how many positions of one image a layer makes or reads `width` channels; 0 for a vector per image.
+
+    shape: for two images, which may lie along any axis or be folded into another one.
+    """
+    positions = torch.Size(shape).numel() // (2 * width)
+    return positions if len(shape) > 2 or positions > 1 else 0
 
 
 def _shared_number(module: nn.Module) -> bool:
@@ -145,9 +154,10 @@ def _reader_unit(network: Network, node: fx.Node, module: nn.Module, numel: int)
     source, passage, weight = node.all_input_nodes[0], found[node], module.weight
     assert isinstance(weight, torch.Tensor)
     shape, linear = network.shapes[node.name], isinstance(module, nn.Linear)
-    area = torch.Size(shape[1:]).numel() // shape[passage.axis] if len(shape) > 2 else 0
+    area = positions_of(shape, shape[passage.axis])
     # where the filter is applied: a transposed convolution at every position of its input
-    applied = torch.Size(network.shapes[source.name][2:]).numel() if isinstance(module, TRANSPOSED) else area
+    read = network.shapes[source.name]
+    applied = positions_of(read, read[found[source].axis]) if isinstance(module, TRANSPOSED) else area
     taps, bias = weight[0, 0].numel(), int(getattr(module, "bias", None) is not None)
     if passage.kind == "read":
         inputs = module.in_features if isinstance(module, nn.Linear) else module.in_channels
@@ -226,10 +236,9 @@ def count_executed(network: Network) -> Counts:
             shape, weight = network.shapes[node.name], module.weight
             assert isinstance(weight, torch.Tensor)
             map_shape = network.shapes[node.all_input_nodes[0].name] if isinstance(module, TRANSPOSED) else shape
-            positions = torch.Size(map_shape[1:-1] if isinstance(module, nn.Linear) else map_shape[2:]).numel()
-            counted = len(shape) > 2
-            volume += torch.Size(shape[1:]).numel() * counted
-            flops += 2 * positions * weight.numel() * counted
+            axis = -1 if isinstance(module, nn.Linear) else 1
+            volume += positions_of(shape, shape[axis]) * shape[axis]
+            flops += 2 * positions_of(map_shape, map_shape[axis]) * weight.numel()
     return Counts(volume=volume, flops=flops, params=sum(p.numel() for p in network.parameters()))
 
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bar_edge.errors import InputError
 from bar_edge.network.channels import RULES
-from bar_edge.network.counted_cost import computed_layers
+from bar_edge.network.counted_cost import computed_layers, positions_of
 from bar_edge.network.network import KEEP_SHAPE, Network
 from bar_edge.network.trace import source_line
 
@@ -42,8 +42,12 @@ def _refuse(hidden: list[fx.Node]) -> None:
 
 def _linear_on_vectors(network: Network) -> dict[fx.Node, int]:
     """Return the linear layers that have one position, and so no activation map."""
-    layers = [(node, network.module_of(node)) for node in network.nodes if len(network.shapes.get(node.name, ())) == 2]
-    return {node: 2 * module.weight.numel() for node, module in layers if isinstance(module, nn.Linear)}
+    layers = [(node, network.module_of(node)) for node in network.nodes if node.name in network.shapes]
+    return {
+        node: 2 * module.weight.numel()
+        for node, module in layers
+        if isinstance(module, nn.Linear) and not positions_of(network.shapes[node.name], module.out_features)
+    }
 
 
 def _by_torch(network: Network, asked: list[fx.Node]) -> dict[fx.Node, tuple[int, int]]:

@@ -346,3 +346,24 @@ def test_refusals_name_the_remedy(name: str) -> None:
     message, build = REFUSED[name]
     with pytest.raises(InputError, match=f"(?s){message}"):
         trace(build(), images().float())
+
+
+class StandardisedByBatchNorm(nn.Module):
+    """Weight standardisation as timm writes it: a batch norm without running statistics on the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.gain = nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Parameter(torch.ones(8))
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, 8, -1)
+        weight = F.batch_norm(flat, None, None, weight=0.3 * self.gain, training=True, momentum=0.0, eps=1e-6)
+        out: Tensor = self.head(F.conv2d(x, weight.reshape_as(self.weight), padding=1).relu())
+        return out
+
+
+def test_weights_standardised_by_batch_norm_are_weights() -> None:
+    network = trace(StandardisedByBatchNorm().eval(), torch.randn(2, 3, 8, 8))
+    assert sum(reason == "" for reason in prunable(network).values()) == 1
+    assert count(network).flops == 2 * 64 * (27 * 8 + 8 * 4)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bar_edge.network import Network, count, prunable
+from bar_edge.network import Network, count, layers, prunable, trace
 from bar_edge.records import ChannelPlan
 from bar_edge.surgery import slice_network
 from tests.small import Net, check, conv, traced
@@ -72,3 +72,23 @@ def test_a_grouped_layer_that_is_called_twice_counts_what_is_read() -> None:
     kept = {"a": (1, 2, 5), "g": (2, 3, 6)}
     plan = ChannelPlan(network=network.fingerprint, kept=kept)
     assert count(network, plan) == count(check(module, kept))
+
+
+class TokensFirst(nn.Module):
+    """Attention whose tokens lie in front of the batch, and are folded into it before the last product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.attention = nn.Conv2d(3, 16, 1), nn.MultiheadAttention(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.stem(x).flatten(2).permute(2, 0, 1)
+        out: Tensor = self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        return out
+
+
+def test_tokens_in_front_of_the_batch_are_counted() -> None:
+    network = trace(TokensFirst().eval(), torch.randn(2, 3, 8, 8))
+    found = {layer.name: layer.area for layer in layers(network)}
+    assert set(found.values()) == {64}, found
+    assert count(network).flops == 2 * 64 * (3 * 16 + 48 * 16 + 16 * 16)

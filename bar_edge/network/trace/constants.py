@@ -117,7 +117,7 @@ def _fixed(graph: fx.Graph, weights: set[fx.Node]) -> set[fx.Node]:
 
 
 def _is_fixed(node: fx.Node, fixed: set[fx.Node]) -> bool:
-    if node.op != "call_function" or node.target in _BY_MODE:
+    if node.op != "call_function" or (node.target in _BY_MODE and not _of_its_own_batch(node)):
         return False
     if node.target is not operator.getitem and not isinstance(node.target, torch._ops.OpOverload):
         return False
@@ -128,6 +128,11 @@ def _is_fixed(node: fx.Node, fixed: set[fx.Node]) -> bool:
         return False
     inputs = node.all_input_nodes
     return all(source in fixed for source in (inputs[1:] if node.target in _LIKE else inputs))
+
+
+def _of_its_own_batch(node: fx.Node) -> bool:
+    """Tell whether a batch norm takes the statistics of what it reads in both modes, as weight standardisation does."""
+    return node.target is aten.batch_norm.default and node.args[3:6] == (None, None, True)
 
 
 def _values(computed: list[fx.Node], weights: dict[fx.Node, Tensor], written: set[int | None]) -> dict[fx.Node, Any]:
