@@ -22,6 +22,8 @@ from bar_edge.targets.row import PRECISIONS
 from tests.lowering.test_lowering import contrasting, difference, sliced_network
 
 REGULAR, FIRST = Lowering.parse("regular"), ONNX.forms["fp32"].candidates[0]
+#: time for every form, on however slow a machine
+PATIENT = 1e9
 Clock = Callable[[str, bool], float]
 
 
@@ -62,7 +64,7 @@ def pruned() -> tuple[Network, Network]:
 def test_the_fastest_form_is_chosen_and_judged_anew(stopwatch: Any, pruned: tuple[Network, Network]) -> None:
     dense, sliced = pruned
     calls = stopwatch(lambda name, _: {"regular:16": 1.0, "dense": 9.0}.get(name, 2.0))
-    chosen = choose_lowering(sliced, dense)
+    chosen = choose_lowering(sliced, dense, seconds=PATIENT)
     assert str(chosen.lowering) == "regular:16" and chosen.faster
     assert (chosen.chosen_ms, chosen.regular_ms, chosen.dense_ms) == (1.0, 2.0, 9.0)
     assert calls[-1] == ["regular:16", "regular", "dense"]
@@ -81,7 +83,7 @@ def test_a_stream_changes_its_form_where_that_is_faster(stopwatch: Any, pruned: 
         )
 
     stopwatch(clock)
-    chosen = choose_lowering(sliced, dense)
+    chosen = choose_lowering(sliced, dense, seconds=PATIENT)
     assert str(chosen.lowering) == "gather:4,slices:4,gather:4"
     images = contrasting(2, 3, 8, 8).float()
     assert difference(sliced(images), lower(sliced, chosen.lowering)(images)) < 1e-5
@@ -101,7 +103,7 @@ def test_pixels_are_packed_stream_by_stream_as_long_as_that_helps(
         return 9.0 if text == "dense" else 5.0 - gain - (text.startswith("deferred:4") and text != "deferred:4")
 
     stopwatch(clock)
-    chosen = choose_lowering(sliced, dense, precision="int8", convert=lambda _: None, seconds=1e9)
+    chosen = choose_lowering(sliced, dense, precision="int8", convert=lambda _: None, seconds=PATIENT)
     # the other form keeps the packing; once a stream gains nothing, the ones behind it are not tried
     assert str(chosen.lowering) == "deferred:4@1x2,pointwise:16@2x2,pointwise:16"
     packed = [text for text in map(str, chosen.tried_ms) if "@" in text]
@@ -113,7 +115,7 @@ def test_pixels_are_packed_stream_by_stream_as_long_as_that_helps(
         "pointwise:16@1x2,pointwise:16@1x2,pointwise:16",
     ]
     assert not [text for text in map(str, chosen.tried_ms) if text.endswith("@1x2")]
-    assert not [text for text in map(str, choose_lowering(sliced, dense).tried_ms) if "@" in text], (
+    assert not [text for text in map(str, choose_lowering(sliced, dense, seconds=PATIENT).tried_ms) if "@" in text], (
         "of no use in float32 there"
     )
 
@@ -121,13 +123,13 @@ def test_pixels_are_packed_stream_by_stream_as_long_as_that_helps(
 def test_a_winner_by_luck_is_not_shipped(stopwatch: Any, pruned: tuple[Network, Network]) -> None:
     dense, sliced = pruned
     stopwatch(lambda name, last: {"dense": 9.0, "regular": 1.5}.get(name, 2.0 if last else 1.0))
-    assert choose_lowering(sliced, dense).lowering == REGULAR
+    assert choose_lowering(sliced, dense, seconds=PATIENT).lowering == REGULAR
 
 
 def test_a_dense_network_that_is_faster_is_said(stopwatch: Any, pruned: tuple[Network, Network]) -> None:
     dense, sliced = pruned
     stopwatch(lambda name, _: 0.5 if name == "dense" else 1.0)
-    assert not choose_lowering(sliced, dense).faster
+    assert not choose_lowering(sliced, dense, seconds=PATIENT).faster
 
 
 def test_no_time_still_gives_an_answer(stopwatch: Any, pruned: tuple[Network, Network]) -> None:
@@ -144,7 +146,7 @@ def test_a_network_without_additions_tries_rounded_widths(stopwatch: Any, runtim
     torch.manual_seed(0)
     network = trace(nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 6, 3)).eval(), torch.zeros(2, 3, 8, 8))
     calls = stopwatch(lambda name, _: {"slices:16": 1.0, "dense": 9.0}.get(name, 2.0))
-    chosen = choose_lowering(network, network, runtime=runtime, precision=precision)
+    chosen = choose_lowering(network, network, runtime=runtime, precision=precision, seconds=PATIENT)
     assert str(chosen.lowering) == "slices:16" and chosen.faster
     assert {"slices:16", "slices"} <= set(map(str, chosen.tried_ms))
     assert {lowering.forms[0].kind for lowering in chosen.tried_ms} == {"slices"}
