@@ -72,7 +72,7 @@ def rehearse_task(network: Network, task: Task, data: DataSource, config: TrainC
                     task.check(outputs, split.all_targets())
                 loss = task.loss(outputs, targets)
                 if split is data.fit and loss.requires_grad:
-                    loss.backward()
+                    torch.autograd.backward(loss)
                 with torch.no_grad():
                     task.value(task.metric(outputs, targets))
 
