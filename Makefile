@@ -2,15 +2,17 @@
 # make test   lint, types, tests
 # make network   what can be checked against the wheels of others: the API of TensorRT, CUDA, ONNX Runtime
 # make slow   the tests that take minutes each
+# make zoo    142 networks of timm through the commands, Torch-Pruning beside them, in an environment of its own (6 GB)
 # make bench-gpu   mixed against regular against dense on an NVIDIA GPU; says so where there is none
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
+ZOO := .venv-zoo
 ARTIFACT := $(RUN)/artifacts/onnx-fp32
 # workers of pytest; 0 runs everything in one process
 JOBS ?= 2
 
-.PHONY: demo test network slow lint types bench-gpu clean
+.PHONY: demo test network slow lint types zoo bench-gpu clean
 
 demo: .venv/installed
 	rm -rf $(RUN)
@@ -36,6 +38,9 @@ lint: .venv/tested
 types: .venv/tested
 	$(BIN)/mypy
 
+zoo: $(ZOO)/installed
+	$(ZOO)/bin/python benchmarks/zoo.py --beside
+
 bench-gpu: .venv/installed
 	$(BIN)/python -m benchmarks.gpu
 
@@ -49,5 +54,11 @@ bench-gpu: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .[test]
 	touch $@
 
+# timm does not work beside the torch that the tests are pinned to
+$(ZOO)/installed: pyproject.toml
+	test -x $(ZOO)/bin/python || $(PYTHON) -m venv $(ZOO)
+	$(ZOO)/bin/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1 timm==1.0.31 torch-pruning==1.6.1 -e .
+	touch $@
+
 clean:
-	rm -rf .venv runs build dist *.egg-info
+	rm -rf .venv $(ZOO) runs build dist *.egg-info

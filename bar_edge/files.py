@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -40,3 +41,9 @@ def read_json(path: Path) -> Any:
     except (OSError, ValueError) as error:
         got = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise InputError(f"a JSON file at {path.name}", got=str(got), remedy="correct the path") from error
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

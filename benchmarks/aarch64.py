@@ -99,7 +99,7 @@ def wheels(cache: Path, target: Path) -> None:
             archive.extractall(target)
 
 
-def make_bundles(kept: Path, data: str, out: Path, runner: Path) -> list[Path]:
+def make_bundles(kept: Path, data: str, out: Path) -> list[Path]:
     """Write fp32 and fp16 bundles of the kept networks with the first test images as samples."""
     images, _ = next(
         iter(load_data(data).test.batches(SAMPLES, train=False, seed=0, epoch=0, device="cpu", augment="none"))
@@ -113,7 +113,7 @@ def make_bundles(kept: Path, data: str, out: Path, runner: Path) -> list[Path]:
         assert manifest["parity"]["within"], name
         for precision in ("fp32", "fp16"):
             bundles.append(out / name / f"trt-bundle-{precision}")
-            write_bundle(out / name / "onnx-fp32", bundles[-1], precision=precision, runner=runner)
+            write_bundle(out / name / "onnx-fp32", bundles[-1], precision=precision)
     return bundles
 
 
@@ -131,7 +131,7 @@ def run(python: list[str], bundle: Path) -> dict[str, Any]:
     request = {"runtime": "onnxruntime-cpu", "precision": "fp32", "threads": 1, "batch": 1, "seed": 0}
     request |= {"seconds": 0.01, "files": [file]}
     done = subprocess.run(
-        [*python, str(bundle / "run.py")], input=json.dumps(request), capture_output=True, text=True, check=False
+        [*python, str(bundle / "run.pyz")], input=json.dumps(request), capture_output=True, text=True, check=False
     )
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
@@ -150,14 +150,13 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="CIFAR-10")
     parser.add_argument("--cache", type=Path, default=Path("runs/aarch64"))
     parser.add_argument("--kept", type=Path, default=Path("benchmarks/results/cifar10"))
-    parser.add_argument("--runner", type=Path, default=Path("bar_edge/bench/runner.py"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/aarch64.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.cache.mkdir(parents=True, exist_ok=True)
     emulated = prepare(options.cache.resolve())
     rows = []
-    for bundle in make_bundles(options.kept, options.data, options.cache.resolve() / "bundles", options.runner):
+    for bundle in make_bundles(options.kept, options.data, options.cache.resolve() / "bundles"):
         here, there = run([sys.executable], bundle), run(emulated, bundle)
         rows.append(
             {"network": bundle.parent.name, "precision": bundle.name.rsplit("-", 1)[1], "here": here, "there": there}

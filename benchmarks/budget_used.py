@@ -1,4 +1,4 @@
-"""How much of a counted budget does the projection use? Random scores; all shares, metrics and roundings.
+"""How much of a counted budget does the projection use? wrn-10-2, random scores; all shares, metrics, roundings.
 
     python -m benchmarks.budget_used
 
@@ -49,7 +49,7 @@ def main() -> None:
     """Run all, print each, and write the least."""
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
-    module = build("resnet20", input_shape=(3, 16, 16), classes=10)
+    module = build("wrn-10-2", input_shape=(3, 16, 16), classes=10)
     network = trace(module, torch.zeros(2, 3, 16, 16))
     for round_to, metric, share in itertools.product((1, 4, 8), METRICS, SHARES):
         layout = GateLayout(network, round_to=round_to)

@@ -30,7 +30,6 @@ from bar_edge.training import evaluate, load_task, train
 
 TASK = load_task("classification")
 BATCH = 64
-FACTORS = (2, 4, 8, 16)
 
 
 def dense_network(model: str, data: DataSource, folder: Path, seed: int) -> Network:
@@ -97,6 +96,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/control.json"))
     parser.add_argument("--models", nargs="*", default=["resnet20", "wrn-10-2"])
     parser.add_argument("--steps", type=int, nargs="*", default=[300, 1000, 5000])
+    parser.add_argument("--factors", type=int, nargs="*", default=[2, 4, 8, 16])
     parser.add_argument("--metrics", nargs="*", default=["volume", "flops", "params", "ms"])
     parser.add_argument("--table", type=Path, help="latency table of the first model at 1x8x8, for ms")
     parser.add_argument("--work", type=Path, default=Path("runs/control"))
@@ -106,7 +106,9 @@ def main() -> None:
     done: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {"runs": {}}
     done["versions"], done["seed"], done["setting"] = versions(), options.seed, "BarConfig() of this version"
     data = load_data("digits", seed=options.seed)
-    for steps, metric, model, factor in itertools.product(options.steps, options.metrics, options.models, FACTORS):
+    for steps, metric, model, factor in itertools.product(
+        options.steps, options.metrics, options.models, options.factors
+    ):
         key, table = f"{model} {factor}x:{metric} {steps}", None
         if key in done["runs"] or (metric == "ms" and (options.table is None or model != options.models[0])):
             continue

@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import importlib
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -41,7 +40,6 @@ from torch import Tensor, nn
 from bar_edge.bench import bench_onnx
 from bar_edge.config import BarConfig, DistillConfig, TrainConfig
 from bar_edge.data import DataSource, load_data
-from bar_edge.errors import EnvironmentLacks
 from bar_edge.files import read_json, write_json
 from bar_edge.latency_budget.operation_prices import undisturbed_ms
 from bar_edge.lowering.lower import lower
@@ -59,6 +57,7 @@ from bar_edge.targets.form_search import choose_lowering
 from bar_edge.targets.onnx.file import export_onnx
 from bar_edge.training import evaluate, load_task, train
 from benchmarks.cifar10 import Lines, correct, paired_bootstrap
+from benchmarks.torch_pruned import group_norm, torch_pruned
 
 RESULTS = Path(__file__).parent / "results" / "equal_latency"
 ARMS = ("ours", "taylor", "tp-l2", "tp-l2-global", "tp-l2-round8", "tp-groupnorm", "scratch", "random")
@@ -69,8 +68,6 @@ FORMS, ABOVE, HALVINGS = ("regular:4", "regular:16", "gather:4"), 1.02, 7
 PRUNING = 0.25
 #: batches that give the first-order scores
 SCORED = 100
-#: strength of the group-norm regulariser, as in Torch-Pruning's own CIFAR recipe
-STRENGTH = 5e-4
 
 
 class Remembering(nn.Module):
@@ -149,7 +146,7 @@ class Bed:
             forms = [self.dense, *(lower(network, Lowering.parse(form)) for form in FORMS)]
             for form, file in zip(forms, files, strict=True):
                 export_onnx(form, form.input_shapes, file)
-                dense, *others = map(undisturbed_ms, bench_onnx(files, seconds=seconds))
+            dense, *others = map(undisturbed_ms, bench_onnx(files, seconds=seconds))
         return min(others) / dense
 
     def matched(self, make: Callable[[float], Network], target: float, low: float, high: float) -> Network:
@@ -248,72 +245,6 @@ def scratch(bed: Bed, target: float) -> Network:
     first = dataclasses.replace(bed.train, dense=bed.options.dense_epochs)
     train(network, bed.data, TASK, first, "dense", seed=bed.seed)
     return bed.tuned(network, bed.options.epochs)
-
-
-def torch_pruning() -> Any:
-    """Return Torch-Pruning; raises EnvironmentLacks without it."""
-    try:
-        return importlib.import_module("torch_pruning")
-    except ImportError as error:
-        raise EnvironmentLacks(
-            "Torch-Pruning for the arms named tp-",
-            got="it is not installed",
-            remedy="pip install --no-deps torch-pruning==1.6.1, or other --arms",
-        ) from error
-
-
-def tp_pruner(bed: Bed, module: nn.Module, ratio: float, kind: str) -> Any:
-    """Return Torch-Pruning's pruner of a module; the classifier's outputs stay."""
-    tp = torch_pruning()
-    options: dict[str, Any] = {"pruning_ratio": ratio, "ignored_layers": [classifier(module)]}
-    importance = tp.importance.GroupMagnitudeImportance(p=2)
-    make = tp.pruner.BasePruner
-    if kind == "tp-l2-global":
-        options |= {"global_pruning": True, "max_pruning_ratio": 0.95}
-    if kind == "tp-l2-round8":
-        options["round_to"] = 8
-    if kind == "tp-groupnorm":
-        make, options["reg"], options["global_pruning"] = tp.pruner.GroupNormPruner, STRENGTH, True
-        options["max_pruning_ratio"] = 0.95
-    return make(module.eval(), torch.zeros(2, *bed.data.input_shape), importance=importance, **options)
-
-
-def classifier(module: nn.Module) -> nn.Module:
-    """Return the last linear layer."""
-    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)][-1]
-
-
-def cut(bed: Bed, module: nn.Module, ratio: float, kind: str) -> Network:
-    """Return a copy of a module after Torch-Pruning has cut it by a ratio."""
-    copied = copy.deepcopy(module)
-    tp_pruner(bed, copied, ratio, kind).step()
-    return bed.traced(copied)
-
-
-def torch_pruned(bed: Bed, target: float, kind: str) -> Network:
-    """Cut by Torch-Pruning at once and tune."""
-    module = bed.module()
-    return bed.tuned(bed.matched(lambda r: cut(bed, module, r, kind), target, 0.0, 0.95), bed.options.epochs)
-
-
-def group_norm(bed: Bed, target: float) -> Network:
-    """Train sparsely under Torch-Pruning's group norm for the epochs in which ours prunes, then cut and tune."""
-    module, epochs = bed.module(), bed.train.prune or 0
-    pruner = tp_pruner(bed, module, 0.5, "tp-groupnorm")
-    optimizer = torch.optim.SGD(module.parameters(), lr=bed.train.rate("prune"), momentum=0.9, weight_decay=5e-4)
-    module.train()
-    pruner.update_regularizer()
-    for epoch in range(epochs):
-        for images, targets in bed.data.fit.batches(bed.batch, train=True, seed=bed.seed, epoch=epoch, device="cpu"):
-            with torch.autocast("cpu", torch.bfloat16):
-                outputs = module(images)
-            loss = TASK.loss(outputs.float(), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            pruner.regularize(module)
-            optimizer.step()
-    network = bed.matched(lambda r: cut(bed, module, r, "tp-groupnorm"), target, 0.0, 0.95)
-    return bed.tuned(network, bed.options.epochs - epochs)
 
 
 def run_arm(bed: Bed, arm: str, target: float) -> Network:

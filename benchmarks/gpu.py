@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bar_edge.bench import Measurement, bench_onnx, compare, median_interval
-from bar_edge.bench.runner import interleave, warm_up
+from bar_edge.bench.runner.timing import interleave, warm_up
 from bar_edge.errors import BarEdgeError, EnvironmentLacks
 from bar_edge.files import write_json
 from bar_edge.lowering.lower import lower

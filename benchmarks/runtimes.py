@@ -29,7 +29,9 @@ import torch
 from masks import uneven_plan
 from torch import Tensor, nn
 
-from bar_edge.bench import bench_onnx, compare, runner
+from bar_edge.bench import bench_onnx, compare
+from bar_edge.bench.runner.records import Settings
+from bar_edge.bench.runner.runtimes import RUNTIMES
 from bar_edge.bench.statistics import median_ms
 from bar_edge.data import DataSource, Split, load_data
 from bar_edge.files import read_json, write_json
@@ -155,8 +157,8 @@ def write_files(name: str, folder: Path, data: DataSource) -> None:
 
 def outputs(runtime: str, precision: str, path: Path, images: np.ndarray) -> np.ndarray:
     """Run all images in batches."""
-    settings = runner.Settings(1, BATCH, "bf16" if precision == "bf16" else "fp32", True)
-    loaded = runner.RUNTIMES[runtime](path, path.name, settings)
+    settings = Settings(1, BATCH, "bf16" if precision == "bf16" else "fp32", True)
+    loaded = RUNTIMES[runtime].load(path, path.name, settings)
     return np.concatenate([np.array(loaded.run([images[i : i + BATCH]])[0]) for i in range(0, len(images), BATCH)])
 
 

@@ -12,6 +12,7 @@ the result of an operator without a rule: it exists as a whole) fits every opera
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -97,19 +98,42 @@ def _carry(value: Tensor, exists: Tensor, labels: Tensor, run: Run) -> Tracked:
     return result
 
 
-def channel_axis(x: Tracked) -> int | None:
-    """Return the first axis along which labels differ, counted from the end; None if all are the same.
+def channel_axes(x: Tracked) -> list[int]:
+    """Return the first axis along which labels differ, counted from the end, and others whose labels are all apart.
 
-    One channel that several were moved into (a pixel shuffle of four channels) counts as one label.
+    There are several where channels are cut into groups. One channel that several were moved into (a pixel shuffle of
+    four channels) counts as one label.
     """
     axes = [axis for axis in range(x.labels.ndim) if (x.labels != x.labels.narrow(axis, 0, 1)).any()]
     one = len(axes) > 1 and x.shape[1] == 1
-    return axes[0] - x.labels.ndim if axes and not one else None
+    apart = [axis for i, axis in enumerate(axes) if i == 0 or _apart(x.labels.movedim(axis, 0))]
+    return [] if one else [axis - x.labels.ndim for axis in apart]
+
+
+def _apart(rows: Tensor) -> bool:
+    """Tell whether no label is in two rows."""
+    labels = torch.cat([torch.unique(row) for row in rows])
+    return len(torch.unique(labels)) == len(labels)
+
+
+def channel_axis(x: Tracked) -> int | None:
+    """Return the first axis along which labels differ, None if all are the same."""
+    return next(iter(channel_axes(x)), None)
+
+
+def lasting_axis(call: Call, gone: set[int]) -> int | None:
+    """Return the first axis of channels that an operator over some axes (from the start) leaves alone."""
+    return next((axis for axis in channel_axes(call.x) if axis + call.x.ndim not in gone), None)
 
 
 def settled(x: Tracked) -> Tensor:
     """Return the existence of whole channels: a channel exists if any of its elements does. x's shape."""
-    axis, ndim = channel_axis(x), x.exists.ndim
+    return settled_along(x, channel_axis(x))
+
+
+def settled_along(x: Tracked, axis: int | None) -> Tensor:
+    """Return the same for channels along an axis; None: all elements are one channel."""
+    ndim = x.exists.ndim
     others = [a for a in range(ndim) if axis is None or a != axis + ndim]
     return x.exists.amax(others, keepdim=True).expand(x.exists.shape) if others else x.exists
 
@@ -196,12 +220,12 @@ def _opaque(call: Call) -> Channels:
 
 def _channelwise(call: Call) -> Channels:
     """The channels of x, at the same place from the start; other sizes may differ or be gone (`_reduction`)."""
-    return _follow(call, channel_axis(call.x))
+    return _follow(call, channel_axis(call.x), channel_axis(call.x))
 
 
-def _follow(call: Call, axis: int | None) -> Channels:
-    """The channels of x along an axis of the result."""
-    x, before = settled(call.x), channel_axis(call.x)
+def _follow(call: Call, before: int | None, axis: int | None) -> Channels:
+    """The channels of x, which lie along one of its axes, along an axis of the result."""
+    x = settled_along(call.x, before)
     if before is None or axis is None:
         return x.flatten()[0], None
     along = x.movedim(before, 0).flatten(1)[:, 0]
@@ -239,13 +263,13 @@ def _binary(combine: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Channe
 
     def rule(call: Call, given: list[Tracked] | None = None) -> Channels:
         tracked = call.tracked if given is None else given
-        axes = {axis for axis in map(channel_axis, tracked) if axis is not None}
-        if len(axes) > 1:
+        given_axes = [set(axes) for axes in map(channel_axes, tracked) if axes]
+        common = set.intersection(*given_axes) if given_axes else set()
+        if given_axes and not common:
             return _opaque(call)
-        exists = settled(tracked[0])
-        for other in tracked[1:]:
-            exists = combine(exists, settled(other))
-        return exists, max(axes, default=None)
+        axis = min(common, default=None)
+        settle = [settled_along(t, axis if channel_axes(t) else None) for t in tracked]
+        return functools.reduce(combine, settle), axis
 
     return rule
 
@@ -274,13 +298,14 @@ def _one_tensor(call: Call) -> Channels:
 
 def _reduction(call: Call) -> Channels:
     """Mean, sum, largest over space; over channels, over the batch or over everything there is no rule."""
-    dims, ndim, axis = call.argument(1, "dim", "axis"), call.x.ndim, channel_axis(call.x)
+    dims, ndim = call.argument(1, "dim", "axis"), call.x.ndim
     gone = {d % ndim for d in ([dims] if isinstance(dims, int) else dims or range(ndim))}
-    if 0 in gone or (axis is not None and axis + ndim in gone):
+    axis = lasting_axis(call, gone)
+    if 0 in gone or (axis is None and channel_axis(call.x) is not None):
         return _opaque(call)
     if axis is None or call.result.ndim == ndim:
-        return _channelwise(call)
-    return _follow(call, axis + sum(d > axis + ndim for d in gone))
+        return _follow(call, axis, axis)
+    return _follow(call, axis, axis + sum(d > axis + ndim for d in gone))
 
 
 def _largest(call: Call) -> Channels:
@@ -291,8 +316,10 @@ def _largest(call: Call) -> Channels:
 
 def _along(call: Call) -> Channels:
     """Softmax or sums along one axis of space; along channels or batch there is no rule."""
-    dim, ndim, axis = call.argument(1, "dim"), call.x.ndim, channel_axis(call.x)
-    return _channelwise(call) if dim % ndim not in (0, ndim if axis is None else axis + ndim) else _opaque(call)
+    dim, ndim = call.argument(1, "dim"), call.x.ndim
+    axis = lasting_axis(call, {dim % ndim})
+    lost = axis is None and channel_axis(call.x) is not None
+    return _opaque(call) if lost or dim % ndim == 0 else _follow(call, axis, axis)
 
 
 def _prelu(call: Call) -> Channels:

@@ -1,7 +1,6 @@
 """Bench: measuring artifacts in a process of their own. Nothing here imports torch."""
 
 from bar_edge.bench.protocol import (
-    RUNTIMES,
     Measurement,
     bench_onnx,
     load_measurement,
@@ -10,6 +9,7 @@ from bar_edge.bench.protocol import (
     save_measurement,
     summary,
 )
+from bar_edge.bench.runner.runtimes import RUNTIMES
 from bar_edge.bench.statistics import Comparison, compare, drift, median_interval, meets
 
 __all__ = [

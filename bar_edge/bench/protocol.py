@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import re
 import signal
@@ -17,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import bar_edge
-from bar_edge.bench import runner
-from bar_edge.bench.packed import packed
+from bar_edge.bench.packed import packed, packed_runner
+from bar_edge.bench.runner.runtimes import RUNTIMES
+from bar_edge.bench.runner.telling import DOING
 from bar_edge.bench.ssh import Device, Finished, Target
 from bar_edge.bench.statistics import Comparison, drift, median_interval, meets
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
-from bar_edge.files import read_json, write_json
+from bar_edge.files import file_hash, read_json, write_json
 from bar_edge.records import Budget, Latency
 
-RUNTIMES = tuple(runner.RUNTIMES)
 _ERRORS = {"InputError": InputError, "EnvironmentLacks": EnvironmentLacks, "BarEdgeError": BarEdgeError}
 #: that the building of an engine may take, per file
 _BUILD_SECONDS = 1200.0
@@ -46,7 +45,7 @@ class Measurement(Latency):
     parity: dict[str, Any] | None = None
     #: whether the time per run had settled when the measuring began
     warmup_stable: bool = True
-    #: peak memory of the process in MB, interference by others, the device before and after (see runner.py)
+    #: peak memory of the process in MB, interference by others, the device before and after (see runner/)
     conditions: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -90,7 +89,7 @@ def bench_onnx(
         "layers": layers,
         "caches": caches,
     }
-    build_s = _BUILD_SECONDS if runtime in runner.BUILDERS else 0
+    build_s = _BUILD_SECONDS if RUNTIMES[runtime].builds else 0
     limit = timeout_s or 120 + (3 * seconds + build_s) * len(files)
     if on == "local":
         finished = _run_here({**request, "files": described}, limit)
@@ -111,7 +110,7 @@ def measurement(model: Path, found: dict[str, Any], answer: dict[str, Any], on: 
             "on": on.partition(":")[0],  # not the host's name: it stays here
             **answer["environment"],
             "precision": found["precision"],
-            "model_sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
+            "model_sha256": file_hash(model),
         },
         conditions=answer["conditions"],
         **{name: found[name] for name in ("warmup_runs", "warmup_stable", "parity", "parts_ms", "layers_ms")},
@@ -241,7 +240,7 @@ def runtimes_here() -> dict[str, str]:
 def _check(files: list[dict[str, Any]], runtime: str, threads: int, batch: int, seconds: float) -> None:
     if runtime not in RUNTIMES:
         raise InputError(f"a runtime out of: {', '.join(RUNTIMES)}", got=runtime, consequence=_NOTHING)
-    known = runner.PRECISIONS[runtime]
+    known = RUNTIMES[runtime].precisions
     others = [file["precision"] for file in files if file["precision"] not in known]
     if others:
         raise InputError(f"for {runtime} a precision out of: {', '.join(known)}", got=others[0], consequence=_NOTHING)
@@ -282,8 +281,13 @@ def _describe(model: Path, precision: str | None) -> dict[str, Any]:
 
 
 def _run_here(request: dict[str, Any], timeout_s: float) -> Finished:
-    # -P: the runner's folder holds modules of ours, which may not precede the standard library
-    command = [sys.executable, "-P", runner.__file__]
+    with tempfile.TemporaryDirectory() as folder:
+        archive = Path(folder) / "runner.pyz"
+        archive.write_bytes(packed_runner())
+        return _finished([sys.executable, "-P", str(archive)], request, timeout_s)
+
+
+def _finished(command: list[str], request: dict[str, Any], timeout_s: float) -> Finished:
     try:
         done = subprocess.run(
             command,
@@ -301,7 +305,7 @@ def _run_here(request: dict[str, Any], timeout_s: float) -> Finished:
 
 
 def _run_there(target: Target, request: dict[str, Any], described: list[dict[str, Any]], timeout_s: float) -> Finished:
-    files: dict[str, Path | bytes] = {"runner.py": Path(runner.__file__)}
+    files: dict[str, Path | bytes] = {"runner.pyz": packed_runner()}
     if request["runtime"] == "tensorrt":
         files["build.pyz"] = packed()
     there = []
@@ -320,12 +324,12 @@ def _run_there(target: Target, request: dict[str, Any], described: list[dict[str
     files["request.json"] = json.dumps({**request, "files": there, "modules": "build.pyz"}).encode()
     with Device(target) as device:
         device.send(files)
-        return device.run(["python", "runner.py"], stdin="request.json", timeout_s=timeout_s)
+        return device.run(["python", "runner.pyz"], stdin="request.json", timeout_s=timeout_s)
 
 
 def _answer(finished: Finished, where: str, timeout_s: float) -> dict[str, Any]:
     lines = finished.stderr.splitlines()
-    doing = [line.removeprefix(runner.DOING) for line in lines if line.startswith(runner.DOING)]
+    doing = [line.removeprefix(DOING) for line in lines if line.startswith(DOING)]
     at = (f" while {doing[-1]}" if doing else "") + where
     if finished.timed_out:
         raise _died(f"no answer within {timeout_s:g} s{at}", "measure fewer seconds, or a smaller batch")
@@ -338,7 +342,7 @@ def _answer(finished: Finished, where: str, timeout_s: float) -> dict[str, Any]:
             return answer
         fields = answer["error"]
         raise _ERRORS[fields.pop("kind")](fields.pop("required"), **fields)
-    last = [line for line in lines if line.strip() and not line.startswith(runner.DOING)] or ["no output"]
+    last = [line for line in lines if line.strip() and not line.startswith(DOING)] or ["no output"]
     raise _died(f"exit status {finished.returncode}{at}: {last[-1][:300]}", "run it again with --debug")
 
 

@@ -21,7 +21,6 @@ from bar_edge.latency_budget.operation_prices import LINE_WIDTHS, Prober, find_s
 from bar_edge.lowering.lower import lower
 from bar_edge.methods import GateLayout, random_plan, smallest_cost
 from bar_edge.network import Network, count
-from bar_edge.network.channels import passages
 from bar_edge.network.priced_operations import LAYERS, LatencyCounter, largest_widths
 from bar_edge.progress import NoProgress, Progress
 from bar_edge.records import ChannelPlan
@@ -141,7 +140,7 @@ def fit(table: LatencyTable, network: Network, measured: list[tuple[ChannelPlan,
     Least squares of relative errors, held to the measured prices by the weight of one network: few networks
     do not tell apart what all of them have. The checks are of fits without the network that they check.
     """
-    counter = LatencyCounter(network, passages(network), table)
+    counter = LatencyCounter(network, table)
     parts = [counter.priced.parts(counter.widths(plan.kept), stepped=True) for plan, _ in measured]
     rows = np.array([[float(layers), float(rest), 1.0] for layers, rest in parts])
     ms = np.array([latency for _, latency in measured])
@@ -201,7 +200,7 @@ def _engine_prices(
     unit = LatencyTable(
         lowering=lowering, rounding=max(4, *(form.rounding for form in lowering.forms)), step=4, prices=prices
     )
-    counter = LatencyCounter(network, passages(network), unit)
+    counter = LatencyCounter(network, unit)
     gone_over = sum(float(counter.priced.parts(counter.widths(plan.kept), stepped=True)[1]) for plan in plans)
     rate = sum(rests) / gone_over if gone_over else 0.0
     return {

@@ -16,7 +16,7 @@ from bar_edge.lowering.placement import Placement, residual_streams, rounded_pla
 from bar_edge.lowering.widen import widen
 from bar_edge.lowering.writer import Writer
 from bar_edge.network import Network
-from bar_edge.network.channels import called_again, passages
+from bar_edge.network.channels import called_again
 from bar_edge.network.graph_json import attach
 from bar_edge.records.lowering import PLAIN, Form, Lowering, Packing, Rounding
 from bar_edge.surgery.stream_order import Stream
@@ -30,8 +30,7 @@ def lower(network: Network, lowering: Lowering) -> Network:
     if lowering == Lowering.paper:
         return _literal(copy.deepcopy(network))
     network = folded(network)
-    found = passages(network)
-    streams = residual_streams(network, found)
+    streams = residual_streams(network)
     forms = list(lowering.each(len(streams)))
     sizes = _sizes(network, streams)
     packings = _packings(sizes, forms)
@@ -40,8 +39,8 @@ def lower(network: Network, lowering: Lowering) -> Network:
         forms = [dataclasses.replace(form, packing=packings.get(size, PLAIN)) for form, size in sized]
         places: dict[fx.Node, Placement] = {}
         for stream, form in zip(streams, forms, strict=False):
-            places |= stream_placements(network, found, stream, form)
-        places |= rounded_placements(network, found, places, _roundings(network, streams, forms))
+            places |= stream_placements(network, stream, form)
+        places |= rounded_placements(network, places, _roundings(network, streams, forms))
         lowered = _lowered(widen(network, places), forms)
         packed = {lowered.shapes[node.name][2:] for node in packable(lowered, packings)}
         if packed == packings.keys():
@@ -53,7 +52,7 @@ def lower(network: Network, lowering: Lowering) -> Network:
 def stream_sizes(network: Network) -> list[tuple[int, ...]]:
     """Return the size of image of every residual stream, each of which may have a form of its own."""
     network = folded(network)
-    return _sizes(network, residual_streams(network, passages(network)))
+    return _sizes(network, residual_streams(network))
 
 
 def folded(network: Network) -> Network:
@@ -101,7 +100,7 @@ def _packings(sizes: list[tuple[int, ...]], forms: list[Form]) -> dict[tuple[int
 def _lowered(network: Network, forms: list[Form]) -> Network:
     """Copy a graph, its sums in the forms of its streams, the tensors of which are in place."""
     writer = Writer(network)
-    streams = list(zip(residual_streams(network, writer.found), forms, strict=False))
+    streams = list(zip(residual_streams(network), forms, strict=False))
     form = {node: form for stream, form in streams for node in stream.channels}
     blocks = Blocks(writer, [stream for stream, form in streams if form.kind == "blocks"])
     return writer.run(blocks, Deferred(writer, form), Added(writer, form))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bar_edge.network import MixedAdd, Network
-from bar_edge.network.channels import Passage, Passages, called_again, is_depthwise
+from bar_edge.network.channels import Passage, called_again, is_depthwise
 from bar_edge.network.movement import MOVEMENTS, SHAPELESS
 from bar_edge.records.lowering import Form, Rounding
 from bar_edge.surgery.stream_order import Stream, is_identity, joined_streams
@@ -33,11 +33,12 @@ class Placement:
         return self.positions == tuple(range(self.width))
 
 
-def residual_streams(network: Network, found: Passages) -> list[Stream]:
+def residual_streams(network: Network) -> list[Stream]:
     """Return the streams in which something is added, in graph order.
 
     Not those that a module called twice, or a tensor added to itself, takes part in.
     """
+    found = network.channels
     again = called_again(network)
 
     def plain(node: fx.Node) -> bool:
@@ -48,7 +49,7 @@ def residual_streams(network: Network, found: Passages) -> list[Stream]:
     return [stream for stream in joined if all(map(plain, stream.channels))]
 
 
-def stream_placements(network: Network, found: Passages, stream: Stream, form: Form) -> dict[fx.Node, Placement]:
+def stream_placements(network: Network, stream: Stream, form: Form) -> dict[fx.Node, Placement]:
     """Return the placements of a stream's tensors in a form.
 
     None for a stream that passes through something that cannot be made wider as it would have to be
@@ -58,17 +59,18 @@ def stream_placements(network: Network, found: Passages, stream: Stream, form: F
     if form.kind not in ("regular", "zero-filled") and form.filled == (1, 1):
         return {}
     # zeros in advance need more tensors that can hold them
-    grown = _placed(network, found, stream, form, grow=True) if form.kind == "zero-filled" else {}
-    return grown or _placed(network, found, stream, form, grow=False)
+    grown = _placed(network, stream, form, grow=True) if form.kind == "zero-filled" else {}
+    return grown or _placed(network, stream, form, grow=False)
 
 
 def rounded_placements(
-    network: Network, found: Passages, taken: dict[fx.Node, Placement], rounding: dict[fx.Node, Rounding]
+    network: Network, taken: dict[fx.Node, Placement], rounding: dict[fx.Node, Rounding]
 ) -> dict[fx.Node, Placement]:
     """Return placements that fill the widths of all other tensors up to multiples of their rounding.
 
     Of a convolution's output, and what per-channel operators make of it, if only layers read it in the end.
     """
+    found = network.channels
     again = called_again(network)
     wanted: set[fx.Node] = set()
     for node in reversed(network.nodes):
@@ -121,10 +123,11 @@ def _reads(network: Network, passage: Passage, node: fx.Node) -> bool:
     return passage.kind == "read" and plain_reader(passage, network.module_of(node))
 
 
-def _placed(network: Network, found: Passages, stream: Stream, form: Form, *, grow: bool) -> dict[fx.Node, Placement]:
+def _placed(network: Network, stream: Stream, form: Form, *, grow: bool) -> dict[fx.Node, Placement]:
     """Return the placements of a stream's tensors, none if one of them that is added cannot be made wider."""
+    found = network.channels
     places = {}
-    for node, slots in _slots(network, found, stream, form, grow=grow).items():
+    for node, slots in _slots(network, stream, form, grow=grow).items():
         index = {slot: i for i, slot in enumerate(slots)}
         places[node] = Placement(len(slots), tuple(index[c] for c in stream.channels[node]), tuple(slots))
     stays: set[fx.Node] = set()
@@ -137,11 +140,12 @@ def _placed(network: Network, found: Passages, stream: Stream, form: Form, *, gr
     return {node: place for node, place in places.items() if node not in stays}
 
 
-def _slots(network: Network, found: Passages, stream: Stream, form: Form, *, grow: bool) -> dict[fx.Node, list[int]]:
+def _slots(network: Network, stream: Stream, form: Form, *, grow: bool) -> dict[fx.Node, list[int]]:
     """Return for every tensor of a stream which of the stream's channels it holds in a form, zeros among them.
 
     grow: whether the stream holds zeros in advance where that costs less than growing.
     """
+    found = network.channels
     r = form.filled
     if form.kind == "regular":
         return dict.fromkeys(stream.channels, list(range(_up(stream.width, r))))
@@ -153,7 +157,7 @@ def _slots(network: Network, found: Passages, stream: Stream, form: Form, *, gro
     sums = [n for n, c in stream.channels.items() if found[n].kind == "add" and set(c) == set(range(len(c)))]
     widths = {node: _up(len(stream.channels[node]), r) for node in sums}
     if grow:
-        widths = _grown(network, found, writer, widths)
+        widths = _grown(network, writer, widths)
     slots: dict[fx.Node, list[int]] = {}
 
     def own(node: fx.Node, missing: set[int]) -> list[int]:
@@ -178,14 +182,13 @@ def _slots(network: Network, found: Passages, stream: Stream, form: Form, *, gro
     return {node: slots.get(writer[node]) or own(writer[node], set()) for node in stream.channels}
 
 
-def _grown(
-    network: Network, found: Passages, writer: dict[fx.Node, fx.Node], widths: dict[fx.Node, int]
-) -> dict[fx.Node, int]:
+def _grown(network: Network, writer: dict[fx.Node, fx.Node], widths: dict[fx.Node, int]) -> dict[fx.Node, int]:
     """Return the widths of a stream's sums, some of them larger, so that it grows where that costs least.
 
     In multiplications, by dynamic programming over every chain of sums: those of the layers that write and read the
     stream there, and PAD for every value that is copied where it grows.
     """
+    found = network.channels
     first_sum: dict[fx.Node, fx.Node] = {}  # of every tensor that is added: where its width is decided
     chains: list[list[fx.Node]] = []
     for node in widths:

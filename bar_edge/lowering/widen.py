@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from bar_edge.lowering.placement import Placement, plain_reader, plain_sum, residual_streams, stream_placements
 from bar_edge.network import MixedAdd, Network
-from bar_edge.network.channels import called_again, passages
+from bar_edge.network.channels import called_again
 from bar_edge.network.graph_json import attach
 from bar_edge.records.lowering import Form
 from bar_edge.surgery.stream_order import is_identity
@@ -20,9 +20,9 @@ aten = torch.ops.aten
 
 def regular_form(network: Network) -> Network:
     """Return the network as regular residual blocks: all tensors of a stream hold the union of its channels."""
-    found, places = passages(network), dict[fx.Node, Placement]()
-    for stream in residual_streams(network, found):
-        places |= stream_placements(network, found, stream, Form("regular"))
+    places: dict[fx.Node, Placement] = {}
+    for stream in residual_streams(network):
+        places |= stream_placements(network, stream, Form("regular"))
     return widen(network, places)
 
 
@@ -33,7 +33,7 @@ def widen(network: Network, places: dict[fx.Node, Placement]) -> Network:
 
 class _Widener:
     def __init__(self, network: Network, places: dict[fx.Node, Placement]) -> None:
-        self.network, self.found, self.places = network, passages(network), places
+        self.network, self.found, self.places = network, network.channels, places
         self.again = called_again(network)
         self.root, self.graph = nn.Module(), fx.Graph()
         self.made: dict[fx.Node, fx.Node] = {}

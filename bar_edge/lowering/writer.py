@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from bar_edge.lowering.placement import plain_reader, plain_sum
 from bar_edge.lowering.widen import select
 from bar_edge.network import Expand, MixedAdd, Network
-from bar_edge.network.channels import Passage, called_again, passages
+from bar_edge.network.channels import Passage, called_again
 from bar_edge.network.graph_json import attach
 from bar_edge.network.movement import MOVEMENTS
 from bar_edge.surgery.stream_order import is_identity
@@ -53,7 +53,7 @@ class Writer:
     """Copies a graph node by node; families of forms make what they know."""
 
     def __init__(self, network: Network) -> None:
-        self.network, self.found, self.again = network, passages(network), called_again(network)
+        self.network, self.found, self.again = network, network.channels, called_again(network)
         self.root, self.graph = network.body, fx.Graph()
         self.made: dict[fx.Node, fx.Node] = {}
         self.families: tuple[Family, ...] = ()

@@ -17,8 +17,6 @@ from torch import fx, nn
 from bar_edge.network.channels import (
     READERS,
     TRANSPOSED,
-    Passages,
-    attribute,
     called_again,
     cut_parameters,
     is_parameter,
@@ -27,6 +25,7 @@ from bar_edge.network.channels import (
 )
 from bar_edge.network.liveness import Held, held_channels
 from bar_edge.network.network import Network
+from bar_edge.network.prunable import module_parameters, prunable
 from bar_edge.records import COSTS, ChannelPlan, Cost, Counts
 
 #: the costs that stand in Counts
@@ -92,21 +91,22 @@ COMPUTED = {
 }
 
 
-def units(network: Network, found: Passages) -> list[Unit]:
+def units(network: Network) -> list[Unit]:
     """Return every call of an operation with parameters, in graph order."""
+    found = network.channels
     result, parameters = [], set[fx.Node]()
     for node in network.nodes:
         if node not in found:
             continue
         module = network.module_of(node)
         if module is None:
-            result += _parameter_units(network, found, node, parameters)
+            result += _parameter_units(network, node, parameters)
             if node.target in COMPUTED and any(whole := _computed(network, node)):
                 result.append(Unit(node, node.all_input_nodes[0], True, 0, 0, 0, 0, 0, whole=whole))
             continue
         source, passage, numel = node.all_input_nodes[0], found[node], sum(p.numel() for p in module.parameters())
         if isinstance(module, READERS):
-            result.append(_reader_unit(network, found, node, module, numel))
+            result.append(_reader_unit(network, node, module, numel))
         elif numel and passage.kind in ("map", "norm") and numel % passage.width == 0 and not _shared_number(module):
             result.append(Unit(node, source, True, 0, 0, 0, numel // passage.width, 0))
         elif numel:
@@ -116,7 +116,8 @@ def units(network: Network, found: Passages) -> list[Unit]:
 
 def computed_layers(network: Network) -> list[fx.Node]:
     """Return the convolutions, and linear layers at many positions, whose weights are computed or not their own."""
-    return [n for n in network.nodes if n.op == "call_function" and n.target in COMPUTED and any(_computed(network, n))]
+    asked = (n for n in network.channels if n.op == "call_function" and n.target in COMPUTED)
+    return [node for node in asked if any(_computed(network, node))]
 
 
 def _computed(network: Network, node: fx.Node) -> tuple[int, int]:
@@ -138,8 +139,9 @@ def _shared_number(module: nn.Module) -> bool:
     return isinstance(module, nn.PReLU) and module.num_parameters == 1
 
 
-def _reader_unit(network: Network, found: Passages, node: fx.Node, module: nn.Module, numel: int) -> Unit:
+def _reader_unit(network: Network, node: fx.Node, module: nn.Module, numel: int) -> Unit:
     """Return the rates of a convolution or linear layer; one without a rule is counted as it stands."""
+    found = network.channels
     source, passage, weight = node.all_input_nodes[0], found[node], module.weight
     assert isinstance(weight, torch.Tensor)
     shape, linear = network.shapes[node.name], isinstance(module, nn.Linear)
@@ -159,8 +161,9 @@ def _reader_unit(network: Network, found: Passages, node: fx.Node, module: nn.Mo
     return Unit(node, source, True, area, 2 * applied * weight.numel() // shape[passage.axis], 0, 0, numel)
 
 
-def _parameter_units(network: Network, found: Passages, node: fx.Node, counted: set[fx.Node]) -> list[Unit]:
+def _parameter_units(network: Network, node: fx.Node, counted: set[fx.Node]) -> list[Unit]:
     """Return the parameters with one number per channel that an operator reads by itself, or what comes of them."""
+    found = network.channels
     result: list[Unit] = []
     if found[node].kind != "map":
         return result
@@ -178,25 +181,25 @@ def _parameter_units(network: Network, found: Passages, node: fx.Node, counted: 
 
 def count(network: Network, plan: ChannelPlan | None = None) -> Counts:
     """Return the costs of the network, or of what slicing it by the plan leaves (liveness closed)."""
-    return CostCounter(network, network.channels).count(plan.kept if plan is not None else {})
+    return CostCounter(network).count(plan.kept if plan is not None else {})
 
 
 class CostCounter:
     """Counts the costs of one network for many choices of channels."""
 
-    def __init__(self, network: Network, found: Passages) -> None:
-        self.network, self.found = network, found
-        self.units, self.loose = units(network, found), _loose(network, found)
+    def __init__(self, network: Network) -> None:
+        self.network, self.found = network, network.channels
+        self.units, self.loose = units(network), _loose(network)
         self.again = called_again(network)
 
     def count(self, kept: Mapping[str, Sequence[int]]) -> Counts:
         """Return the costs for kept channels by layer name (absent name: all), liveness closed."""
-        held = held_channels(self.network, kept, self.found)
+        held = held_channels(self.network, kept)
         return Counts(**{name: int(self._total(held, COSTS[name])) for name in COUNTED})
 
     def total(self, kept: Mapping[str, Sequence[int]], cost: Cost) -> float:
         """Return one cost alone, in its own unit."""
-        return self._total(held_channels(self.network, kept, self.found), cost)
+        return self._total(held_channels(self.network, kept), cost)
 
     def _total(self, held: Held, cost: Cost) -> float:
         total: float = 0
@@ -230,19 +233,20 @@ def count_executed(network: Network) -> Counts:
     return Counts(volume=volume, flops=flops, params=sum(p.numel() for p in network.parameters()))
 
 
-def loose_params(network: Network, found: Passages) -> int:
+def loose_params(network: Network) -> int:
     """Return the number of parameters that the graph reads by themselves and that are not of single channels."""
-    return sum(number for number, _ in _loose(network, found))
+    return sum(number for number, _ in _loose(network))
 
 
-def _loose(network: Network, found: Passages) -> list[tuple[int, fx.Node]]:
+def _loose(network: Network) -> list[tuple[int, fx.Node]]:
     """Return these parameters: how many numbers each has, and the node that reads it."""
+    found = network.channels
     named = dict(network.body.named_parameters())
-    owned = {id(p) for node in network.nodes if node.op == "call_module" for p in _module_parameters(network, node)}
+    owned = {id(p) for node in network.nodes if node.op == "call_module" for p in module_parameters(network, node)}
     read = {str(node.target): node for node in network.nodes if node.op == "get_attr" and node.users}
     counted = set[fx.Node]()
     for node in found:
-        _parameter_units(network, found, node, counted)
+        _parameter_units(network, node, counted)
     single = {str(node.target) for node in counted}
     names = read.keys() & named.keys() - single
     return [(named[name].numel(), read[name]) for name in names if id(named[name]) not in owned]
@@ -253,11 +257,6 @@ def _runs(node: fx.Node, held: Held) -> bool:
     return any(
         user.op == "output" or (bool(held[user].any()) if user in held else _runs(user, held)) for user in node.users
     )
-
-
-def _module_parameters(network: Network, node: fx.Node) -> list[nn.Parameter]:
-    module = network.module_of(node)
-    return list(module.parameters()) if module is not None else []
 
 
 def unit_cost(unit: Unit, held: Held, cost: Cost) -> float:
@@ -274,97 +273,16 @@ def _pairs(unit: Unit, held: Held) -> int:
     return int((held[unit.source].view(unit.groups, -1).sum(1) * outputs).sum())
 
 
-def prunable(network: Network, found: Passages | None = None) -> dict[str, str]:
-    """Return every convolution and linear layer with the reason why its outputs cannot be pruned, "" if they can."""
-    found = network.channels if found is None else found
-    fixed, reasons, shared = _reaching_output(network, found), dict[str, str](), _read_elsewhere(network)
-    for node, passage in found.items():
-        if not isinstance(network.module_of(node), READERS):
-            continue
-        name = str(node.target)
-        if passage.kind == "map":
-            mixes = isinstance(network.module_of(node), nn.Linear)
-            reason = f"{'mixes positions' if mixes else 'depthwise'}: follows its input"
-        elif passage.kind != "read":
-            reason = "its input has no channels along the axis that it reads"
-        elif name in shared:
-            reason = "its weights are also read elsewhere"
-        elif node in fixed:
-            reason = "its channels are the network's output"
-        else:
-            reason = "scales channels: follows them" if scaled_by(network, found, node) is not None else ""
-        reasons[name] = reasons.get(name) or reason
-    return reasons
-
-
-def _read_elsewhere(network: Network) -> set[str]:
-    """Return the modules one of whose parameters the graph reads by itself, or another module has too."""
-    readers: dict[int, set[str]] = {}
-    for node in network.nodes:
-        if node.op == "get_attr":
-            readers.setdefault(id(attribute(network, node)), set()).add(node.name)
-        for parameter in _module_parameters(network, node):
-            readers.setdefault(id(parameter), set()).add(str(node.target))
-    return {name for names in readers.values() if len(names) > 1 for name in names}
-
-
-def _reaching_output(network: Network, found: Passages) -> set[fx.Node]:
-    """Return all tensors whose channels reach an output of the network without another layer between."""
-    fixed: set[fx.Node] = set()
-    pending = [node for output in network.nodes if output.op == "output" for node in output.all_input_nodes]
-    while pending:
-        node = pending.pop()
-        if node not in fixed:
-            fixed.add(node)
-            stops = isinstance(network.module_of(node), READERS) and found[node].kind != "map"
-            passed = [link.source for link in found[node].links] if node in found else []
-            pending += [] if stops else passed or ([] if node.op == "placeholder" else node.all_input_nodes)
-    return fixed
-
-
-def scaled_by(network: Network, found: Passages, node: fx.Node) -> fx.Node | None:
-    """Return the product in which the channels of a layer scale those of a larger tensor, if they do nothing else."""
-    products = set[fx.Node]()
-    pending = [(user, _elements(network, node)) for user in node.users]
-    while pending:
-        user, least = pending.pop()
-        passage = found.get(user)
-        if passage is None or passage.width != found[node].width:
-            return None
-        if passage.kind == "mul" and len(passage.links) == 2:
-            if least >= _elements(network, user):
-                return None
-            products.add(user)
-        elif _passes_on(network, found, node, user):
-            pending += [(later, min(least, _elements(network, user))) for later in user.users]
-        else:
-            return None
-    return products.pop() if len(products) == 1 else None
-
-
-def _passes_on(network: Network, found: Passages, node: fx.Node, user: fx.Node) -> bool:
-    """Tell whether what an operator makes of a layer's channels is them alone, or a sum of as few elements."""
-    passage, sources = found[user], [n for n in user.all_input_nodes if n in found]
-    if passage.kind == "add":
-        return all(_elements(network, n) <= _elements(network, node) for n in (*sources, user))
-    return passage.kind in ("map", "pick", "spread") and len(sources) == 1
-
-
-def _elements(network: Network, node: fx.Node) -> int:
-    return torch.Size(network.shapes[node.name]).numel()
-
-
 def _kind(network: Network, node: fx.Node) -> str:
     return type(network.module_of(node) or network.body).__name__
 
 
 def layers(network: Network, plan: ChannelPlan | None = None) -> list[LayerCount]:
     """Return every operation with parameters as it is counted, in graph order."""
-    found = network.channels
-    held = held_channels(network, plan.kept if plan is not None else {}, found)
-    reasons = prunable(network, found)
+    held = held_channels(network, plan.kept if plan is not None else {})
+    reasons = prunable(network)
     result = []
-    for unit in units(network, found):
+    for unit in units(network):
         name = str(unit.node.target) if not any(unit.whole) else unit.node.name
         reason = reasons.get(name, "")
         result.append(

@@ -204,7 +204,7 @@ def rebuild(data: dict[str, Any]) -> tuple[fx.GraphModule, Shapes, Any]:
         if item["op"] not in ("placeholder", "call_module", "call_function", "get_attr", "output"):
             raise ValueError(f"node kind {item['op']} is not allowed in a network file")
         if item["op"] != "call_function":
-            _check_target(item["target"], dotted=item["op"] in ("call_module", "get_attr"))
+            (check_path if item["op"] in ("call_module", "get_attr") else _check_name)(item["target"])
         target = _resolve(item["target"]) if item["op"] == "call_function" else item["target"]
         args, kwargs = tuple(_decode(item["args"], nodes)), _decode(item["kwargs"], nodes)
         for key in kwargs:
@@ -222,18 +222,15 @@ def dtype_named(name: str) -> torch.dtype:
     return dtype
 
 
-def _check_name(name: str, *, dotted: bool = False) -> None:
+def _check_name(name: str) -> None:
     """Refuse names that are not names: fx writes them into the Python source that it compiles."""
-    parts = name.split(".") if dotted else [name]
-    if not all(re.fullmatch(r"\w+", part, re.ASCII) for part in parts) or not (dotted or name.isidentifier()):
+    if not re.fullmatch(r"\w+", name, re.ASCII) or not name.isidentifier():
         raise ValueError(f"{name!r} is not a name")
 
 
-def _check_target(name: str, *, dotted: bool) -> None:
-    """Refuse names of modules and tensors that trace would not have written: fx quotes what is no identifier."""
-    if not dotted:
-        _check_name(name)
-    elif safe_name(name) != name or not name:
+def check_path(name: str) -> None:
+    """Raise ValueError for a name of a module or tensor that trace would not have written: it could be code."""
+    if safe_name(name) != name or not all(name.split(".")):
         raise ValueError(f"{name!r} is not a name")
 
 

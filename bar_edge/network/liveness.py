@@ -13,14 +13,14 @@ from bar_edge.network.network import Network
 Held = dict[fx.Node, Tensor]
 
 
-def held_channels(network: Network, kept: Mapping[str, Sequence[int]], found: Passages | None = None) -> Held:
+def held_channels(network: Network, kept: Mapping[str, Sequence[int]]) -> Held:
     """Return for every tensor the mask (width,) of dense channels that the sliced network computes.
 
     kept: layer name -> output channels whose gate is open (absent name: all). A layer without live inputs
     has no live outputs; what nobody reads is not computed. One pass forward and one backward close the
     plan, because a reader reads every live channel of its input.
     """
-    found = network.channels if found is None else found
+    found = network.channels
     live: Held = {}
     for node, passage in found.items():
         if is_whole(passage):
@@ -34,7 +34,7 @@ def held_channels(network: Network, kept: Mapping[str, Sequence[int]], found: Pa
         else:
             mask = _through(passage, live)
         live[node] = mask
-    return _needed(network, found, live)
+    return _needed(network, live)
 
 
 def fed(live: Held, found: Passages, node: fx.Node) -> Tensor:
@@ -55,11 +55,11 @@ def _through(passage: Passage, live: Held) -> Tensor:
     return stacked.all(0) if passage.kind == "mul" else stacked.any(0)
 
 
-def _needed(network: Network, found: Passages, live: Held) -> Held:
+def _needed(network: Network, live: Held) -> Held:
     """Return the live channels that anything reads; of a module that is called again, those of all its calls."""
     again, together = called_again(network), dict[str, Tensor]()
     while True:
-        held = _read_backwards(network, found, live, together)
+        held = _read_backwards(network, live, together)
         union = {
             name: torch.stack([held[call] for call in held if call.op == "call_module" and call.target == name]).any(0)
             for name in again & {str(node.target) for node in held if node.op == "call_module"}
@@ -69,8 +69,9 @@ def _needed(network: Network, found: Passages, live: Held) -> Held:
         together = union
 
 
-def _read_backwards(network: Network, found: Passages, live: Held, together: dict[str, Tensor]) -> Held:
+def _read_backwards(network: Network, live: Held, together: dict[str, Tensor]) -> Held:
     """together: channels by the name of a module of which more than this call's own readers may read."""
+    found = network.channels
     needed = {node: torch.zeros(passage.width, dtype=torch.bool) for node, passage in found.items()}
     running = set[fx.Node]()
     for node in reversed(network.nodes):

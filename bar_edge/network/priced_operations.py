@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bar_edge.errors import InputError
-from bar_edge.network.channels import READERS, TRANSPOSED, Passages
+from bar_edge.network.channels import READERS, TRANSPOSED
 from bar_edge.network.liveness import held_channels
 from bar_edge.network.network import Network
 from bar_edge.records.latency_table import Kind, LatencyTable
@@ -44,12 +44,13 @@ class Operation:
         return (*self.tensors, *pairs, *((self.full,) if self.full else ()))
 
 
-def operations(network: Network, found: Passages) -> list[Operation]:
+def operations(network: Network) -> list[Operation]:
     """Return what a runtime executes, in graph order.
 
     A BatchNorm behind a convolution is part of it, an activation part of the layer or norm before it;
     what works on vectors (N, channels) is left to the constant, linear layers excepted.
     """
+    found = network.channels
     result = []
     mixed_by: dict[fx.Node, tuple[Pair, ...]] = {}  # which pairs make a stream leave the layout of convolutions
     made_by: dict[fx.Node, str] = {}  # what kind of operation makes a tensor, fused ones passed through
@@ -118,7 +119,7 @@ def _layer(module: nn.Module, depthwise: bool, shape: tuple[int, ...]) -> Kind:
 def largest_widths(network: Network) -> dict[Kind, tuple[int, ...]]:
     """Return every kind of operation with the largest widths that a table must hold."""
     found, largest = network.channels, dict[Kind, tuple[int, ...]]()
-    for operation in operations(network, found):
+    for operation in operations(network):
         widths = tuple(found[node].width for node in operation.tensors)
         largest[operation.kind] = tuple(map(max, widths, largest.get(operation.kind, widths)))
     return largest
@@ -213,16 +214,16 @@ class PricedOperations(nn.Module):
 class LatencyCounter:
     """Prices one network for many choices of channels."""
 
-    def __init__(self, network: Network, found: Passages, table: LatencyTable) -> None:
-        self.network, self.found, self.table = network, found, table
-        self.operations = operations(network, found)
+    def __init__(self, network: Network, table: LatencyTable) -> None:
+        self.network, self.found, self.table = network, network.channels, table
+        self.operations = operations(network)
         self.nodes = list(dict.fromkeys(node for operation in self.operations for node in operation.nodes))
         place = {node: i for i, node in enumerate(self.nodes)}
         self.priced = PricedOperations(table, self.operations, place.__getitem__)
 
     def widths(self, kept: Mapping[str, Sequence[int]]) -> Tensor:
         """Return the numbers of channels that are there, (tensors,), liveness closed."""
-        held = held_channels(self.network, kept, self.found)
+        held = held_channels(self.network, kept)
         return torch.tensor([int(held[node].sum()) for node in self.nodes], dtype=torch.float64)
 
     def ms(self, kept: Mapping[str, Sequence[int]]) -> float:

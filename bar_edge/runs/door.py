@@ -8,7 +8,6 @@ from pathlib import Path
 import onnxruntime
 
 from bar_edge.bench import RUNTIMES
-from bar_edge.bench.runner import PRECISIONS
 from bar_edge.bench.ssh import Target
 from bar_edge.config import read_toml
 from bar_edge.data import check_data
@@ -36,7 +35,6 @@ from bar_edge.targets.tensorrt.target import engine_options
 from bar_edge.training import check_task, choose_device
 
 TENSORRT = "tensorrt"
-_PROVIDERS = {"onnxruntime-cuda": "CUDAExecutionProvider", "onnxruntime-tensorrt": "TensorrtExecutionProvider"}
 _NOTHING = "nothing was started"
 
 
@@ -104,8 +102,8 @@ def check_bench(request: BenchRequest, runtime: str) -> None:
     """Raise InputError or EnvironmentLacks for what `bench` could not do; runtime: the one that it is to be."""
     check_place(request.on)
     check_runtime(runtime, request.on)
-    if request.precision is not None and request.precision not in PRECISIONS[runtime]:
-        known = ", ".join(PRECISIONS[runtime])
+    if request.precision is not None and request.precision not in RUNTIMES[runtime].precisions:
+        known = ", ".join(RUNTIMES[runtime].precisions)
         raise InputError(
             f"for {runtime} a precision out of: {known}", got=request.precision, consequence="nothing was measured"
         )
@@ -175,14 +173,13 @@ def check_runtime(runtime: str, on: str) -> None:
         return
     if runtime == TENSORRT:
         import_tensorrt()
-    if runtime.startswith("openvino") and importlib.util.find_spec("openvino") is None:
+    row = RUNTIMES[runtime]
+    if row.package and importlib.util.find_spec(row.package) is None:
+        remedy = f"pip install {row.install or row.package}"
+        raise EnvironmentLacks(f"the package {row.package}", got="it is not installed", remedy=remedy)
+    if row.provider and row.provider not in onnxruntime.get_available_providers():
         raise EnvironmentLacks(
-            "the package openvino", got="it is not installed", remedy='pip install "bar-edge[openvino]"'
-        )
-    provider = _PROVIDERS.get(runtime)
-    if provider is not None and provider not in onnxruntime.get_available_providers():
-        raise EnvironmentLacks(
-            f"ONNX Runtime with its {provider}",
+            f"ONNX Runtime with its {row.provider}",
             got=", ".join(onnxruntime.get_available_providers()),
             consequence=_NOTHING,
             remedy="pip install onnxruntime-gpu in place of onnxruntime",

@@ -19,7 +19,7 @@ def preflight(layout: GateLayout, unsure: list[str]) -> dict[str, Any]:
     that remains when every layer keeps half of its channels, which is what widths cost. uncounted: FLOPs of one
     image that belong to no convolution. unsure: see `modes_apart`.
     """
-    costs, warnings, halves = {}, [], _halves(layout)
+    costs, warnings, halves = {}, list(layout.network.notes), _halves(layout)
     for metric in (name for name, cost in COSTS.items() if not cost.of_device):
         total, least = layout.cost({}, metric), smallest_cost(layout, metric)
         share = 1 - least / total if total else 0.0

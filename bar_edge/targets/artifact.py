@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from bar_edge.errors import InputError
-from bar_edge.files import write_json
+from bar_edge.files import file_hash, write_json
 from bar_edge.records import ChannelPlan
 from bar_edge.targets.onnx.file import Preprocessing, export_onnx, torch_outputs
 from bar_edge.targets.onnx.parity import TOLERANCES, cpu_session, difference, relative
@@ -26,7 +26,6 @@ from bar_edge.targets.verify import (
     MANIFEST,
     MODEL,
     SAMPLES,
-    file_hash,
     file_precision,
     read_manifest,
     sample_error,

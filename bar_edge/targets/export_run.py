@@ -173,6 +173,10 @@ class _Written:
         """Name what speaks against the file."""
         found = [*(self.manifest.get("conversion") or {}).get("warnings", ())]
         found += self.manifest.get("tensorrt", {}).get("slow", ())
+        parity = self.manifest["parity"]
+        if parity["within"] is False:
+            off = "not finite, or of another shape" if parity["error"] is None else f"off by {parity['error']:.1e}"
+            found.append(f"the outputs are wrong ({off} of the largest, at most {parity['tolerance']:g})")
         if self.kept is False:
             drop = self.manifest["held_out"]["drop_points"]
             found.append(f"the metric dropped by {drop:.2f} points, by more than {self.max_drop:g}")
@@ -182,8 +186,8 @@ class _Written:
             told = times.format(**speed)
             found.append(f"INT8 is {told}, not beyond doubt {INT8_GAIN} times: ship --precision fp32")
         elif speed is not None and speed["high"] < 1:
-            times = 1 / speed["speedup"]
-            found.append(f"{times:.2f} times slower than fp32 in the same form: ship --precision fp32")
+            slower = 1 / speed["speedup"]
+            found.append(f"{slower:.2f} times slower than fp32 in the same form: ship --precision fp32")
         return found
 
 
@@ -252,7 +256,7 @@ def _written(
                 recipe=recipe,
                 held_out=held_out,
                 max_drop=wanted.max_drop,
-                tuned=targets.finetuned(network, lowering, pruned.data, inside),
+                tuned=targets.finetuned(network, lowering, pruned.data, inside, recipe),
                 on=wanted.on,
                 engine=wanted.engine,
             )

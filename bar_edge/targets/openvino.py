@@ -6,12 +6,6 @@ from bar_edge.targets.convert import convert
 from bar_edge.targets.onnx.precision import require_native_bf16
 from bar_edge.targets.row import Forms, Target
 
-
-def _needs(precision: str) -> None:
-    if precision == "bf16":
-        require_native_bf16()
-
-
 OPENVINO = Target(
     name="openvino",
     files=("model.onnx",),
@@ -35,5 +29,5 @@ OPENVINO = Target(
     },
     recipes=("openvino-cpu",),
     hinted=("bf16",),
-    needs=_needs,
+    needs=lambda precision: require_native_bf16() if precision == "bf16" else None,
 )

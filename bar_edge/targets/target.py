@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bar_edge.bench import bench_onnx, compare, runner
+from bar_edge.bench import bench_onnx, compare
+from bar_edge.bench.runner.on_openvino import load_openvino_cpu
+from bar_edge.bench.runner.records import Settings
 from bar_edge.data import DataSource
 from bar_edge.data.memory import RANDOM
 from bar_edge.files import write_json
@@ -108,13 +110,15 @@ def prove(manifest: dict[str, Any], folder: Path, source: Path, *, held_out: Hel
 
 
 def finetuned(
-    network: Network, lowering: Lowering, data: DataSource, preprocessing: Preprocessing | None
+    network: Network, lowering: Lowering, data: DataSource, preprocessing: Preprocessing | None, recipe: Recipe | None
 ) -> Callable[[Path], None]:
     """Return what writes a network's float file anew, with weights that learned under rounding on training images."""
 
     def write(file: Path) -> None:
+        assert recipe is not None, "INT8 is laid out by a recipe"
         batches = data.fit.batches(BATCH, train=True, seed=0, epoch=0, device="cpu", augment="none")
-        learned = finetune(folded(network), (images for images, _ in itertools.islice(batches, FINETUNE_STEPS)))
+        images = (images for images, _ in itertools.islice(batches, FINETUNE_STEPS))
+        learned = finetune(folded(network), images, weight_bits=recipe.weight_bits)
         export_onnx(lower(learned, lowering), network.input_shapes, file, preprocessing=preprocessing)
 
     return write
@@ -128,7 +132,7 @@ def _onnxruntime(model: Path, as_written: bool) -> Callable[[np.ndarray], Sequen
 
 def _openvino(model: Path, precision: str) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
     """Return what runs a file as it is measured: an image at a time."""
-    loaded = runner.load_openvino_cpu(model, model.name, runner.Settings(1, 1, precision, alone=True))
+    loaded = load_openvino_cpu(model, model.name, Settings(1, 1, precision, alone=True))
 
     def run(images: np.ndarray) -> Sequence[np.ndarray]:
         each = [[output.copy() for output in loaded.run([image[None]])] for image in images]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +12,10 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file
 
-from bar_edge.bench import runner
+from bar_edge.bench.runner import device as processor
+from bar_edge.bench.runner.telling import library_says
 from bar_edge.errors import InputError
-from bar_edge.files import read_json
+from bar_edge.files import file_hash, read_json
 from bar_edge.targets.onnx.parity import TOLERANCES, cpu_session, difference, relative
 
 MODEL, SAMPLES, MANIFEST = "model.onnx", "samples.safetensors", "manifest.json"
@@ -49,9 +49,10 @@ def verify_artifact(folder: Path) -> list[Check]:
         precision = file_precision(manifest)
         error, number = sample_error(folder, manifest, precision)
     except Exception as problem:  # runtime and file errors of many kinds: all mean that the artifact does not run
-        return [*checks, Check(name="parity", passed=False, detail=f"{type(problem).__name__}: {str(problem)[:200]}")]
+        said = f"{type(problem).__name__}: {library_says(problem)}"
+        return [*checks, Check(name="parity", passed=False, detail=said)]
     tolerance = TOLERANCES[precision]
-    notes = overflow_note(manifest, runner.device(with_gpu=False))
+    notes = overflow_note(manifest, processor.device(with_gpu=False))
     detail = "; ".join([f"{error:.2e}, at most {tolerance:g}, on {number} samples", *notes])
     return [*checks, Check(name="parity", passed=error <= tolerance, detail=detail)]
 
@@ -79,11 +80,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def overflow_note(manifest: dict[str, Any], device: Mapping[str, Any]) -> list[str]:
     """Say what an INT8 artifact with weights of eight bits meets on a device whose sums of products overflow.
 
-    device: as `runner.device` describes it. Nothing to say of other artifacts and devices.
+    device: as the runner describes it. Nothing to say of other artifacts and devices.
     """
     recipe = (manifest.get("conversion") or {}).get("recipe") or {}
     eight = manifest.get("precision") == "int8" and recipe.get("weight_bits", 8) == 8
-    if not eight or str(manifest.get("target")).startswith("trt") or not runner.overflows(device):
+    if not eight or str(manifest.get("target")).startswith("trt") or not processor.overflows(device):
         return []
     return ["weights of eight bits on a CPU without VNNI and AMX: its sums of products overflow; export the file anew"]
 
@@ -110,12 +111,6 @@ def sample_error(folder: Path, interface: dict[str, Any], precision: str) -> tup
         for_tensorrt = str(interface.get("target")).startswith("trt")
         got = cpu_session(folder / MODEL, as_written=precision == "int8" and for_tensorrt).run(None, feed)
     return relative(*difference(expected, got)), len(expected[0])
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check_hash(path: Path, expected: str) -> Check:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import zipfile
@@ -17,10 +16,12 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from bar_edge.errors import InputError
+from bar_edge.files import file_hash
 from bar_edge_calibration.graph import Graph
 from bar_edge_calibration.histogram import Histogram
 from bar_edge_calibration.place import observed
 from bar_edge_calibration.ranges import Range, range_of
+from bar_edge_calibration.session import cpu_options
 
 #: fewer images are refused; fewer than ADVISED are reported
 REQUIRED, ADVISED = 64, 300
@@ -153,12 +154,6 @@ def random_images(model: onnx.ModelProto, count: int, seed: int) -> Iterator[np.
             yield rng.standard_normal((1, *shape), np.float32)
 
 
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def check_file(calibration: Calibration, path: Path) -> None:
     """Raise InputError unless the calibration was made on this ONNX file."""
     _check_file(calibration, file_hash(path), path.name)
@@ -187,9 +182,7 @@ def _session(model: onnx.ModelProto, threads: int) -> onnxruntime.InferenceSessi
     del observing.graph.output[:]
     outputs = [helper.make_tensor_value_info(f"{name}/observed", TensorProto.FLOAT, None) for name in names]
     observing.graph.output.extend(outputs)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
+    options = cpu_options(threads)
     # the arena would keep the largest of every size it ever gave
     options.enable_cpu_mem_arena = False
     return onnxruntime.InferenceSession(observing.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
-from bar_edge_calibration.place import grid
+from bar_edge_calibration.place import LARGEST_WEIGHT, grid
 
 LEARNING_RATE = 1e-5
 #: batches that tell the ranges of what layers read
@@ -21,13 +21,14 @@ _Network = TypeVar("_Network", bound=nn.Module)
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-def finetune(network: _Network, batches: Iterable[Tensor]) -> _Network:
+def finetune(network: _Network, batches: Iterable[Tensor], *, weight_bits: int) -> _Network:
     """Return a copy whose weights learned to answer as `network` does while they and what they read are rounded.
 
-    network: for inference, BatchNorm folded; batches: inputs, one step of Adam each. Weights are rounded per
-    channel to symmetric int8, what layers read per tensor to uint8 over the range of the first batches, gradients
-    pass straight through (Jacob et al., Quantization and Training of Neural Networks, 2018). The loss is the
-    squared difference of the outputs, relative: labels are not needed. The same batches give the same weights.
+    network: for inference, BatchNorm folded; batches: inputs, one step of Adam each. weight_bits: of the recipe that
+    the network is for. Weights are rounded per channel to symmetric integers, what layers read per tensor to uint8 over
+    the range of the first batches, gradients pass straight through (Jacob et al., Quantization and Training of Neural
+    Networks, 2018). The loss is the squared difference of the outputs, relative: labels are not needed. The same
+    batches give the same weights.
     """
     images = iter(batches)
     first = list(itertools.islice(images, RANGE_BATCHES))
@@ -40,7 +41,7 @@ def finetune(network: _Network, batches: Iterable[Tensor]) -> _Network:
             student(batch)
     for layer in layers:
         rounding[layer].observing = False
-        parametrize.register_parametrization(layer, "weight", _RoundedWeight())
+        parametrize.register_parametrization(layer, "weight", _RoundedWeight(LARGEST_WEIGHT[weight_bits]))
     optimizer = torch.optim.Adam(student.parameters(), lr=LEARNING_RATE)
     for batch in itertools.chain(first, images):
         with torch.no_grad():
@@ -74,7 +75,13 @@ class _RoundedInput:
 
 
 class _RoundedWeight(nn.Module):
+    def __init__(self, largest: int) -> None:
+        super().__init__()
+        self.largest = largest
+
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight as integers per output channel stand for it."""
-        scale = (weight.detach().abs().flatten(1).amax(1) / 127).clamp(min=1e-12)
-        return torch.fake_quantize_per_channel_affine(weight, scale, torch.zeros_like(scale), 0, -127, 127)
+        scale = (weight.detach().abs().flatten(1).amax(1) / self.largest).clamp(min=1e-12)
+        return torch.fake_quantize_per_channel_affine(
+            weight, scale, torch.zeros_like(scale), 0, -self.largest, self.largest
+        )

@@ -10,6 +10,8 @@ import onnx
 import onnxruntime
 from onnx import NodeProto
 
+from bar_edge_calibration.session import cpu_options
+
 
 def float_islands(path: Path) -> list[str]:
     """Return the operations that ONNX Runtime runs in float on the CPU between two of its INT8 convolutions.
@@ -35,9 +37,7 @@ def float_islands(path: Path) -> list[str]:
 def optimised(path: Path) -> onnx.ModelProto:
     """Return the file as ONNX Runtime's CPU provider runs it."""
     with tempfile.TemporaryDirectory() as folder:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3
+        options = cpu_options()
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         return onnx.load(options.optimized_model_filepath)

@@ -22,6 +22,7 @@ from bar_edge_calibration.islands import float_islands
 from bar_edge_calibration.place import place
 from bar_edge_calibration.ranges import METHODS, Range
 from bar_edge_calibration.recipe import Recipe
+from bar_edge_calibration.session import cpu_options
 
 #: images on which the sensitivity of layers is measured
 SENSITIVITY_IMAGES = 256
@@ -270,10 +271,7 @@ def _first(batches: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
 
 def _outputs(model: onnx.ModelProto, batches: list[np.ndarray]) -> list[np.ndarray]:
     """Return what a model means, in float64, over all batches: no integers are multiplied."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads, options.inter_op_num_threads = 1, 1
-    options.log_severity_level = 3
+    options = cpu_options(as_written=True)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     runs = [session.run(None, {name: batch}) for batch in batches]

@@ -31,12 +31,16 @@ from bar_edge.bench import (
     load_measurement,
     median_interval,
     meets,
-    runner,
     runtimes_here,
     save_measurement,
     summary,
 )
-from bar_edge.bench.runner import BURST, MIN_RUNS, UNTIMED, interleave, read_safetensors, warm_up
+from bar_edge.bench.runner import device as described
+from bar_edge.bench.runner.inputs import read_safetensors
+from bar_edge.bench.runner.on_openvino import load_openvino_cpu
+from bar_edge.bench.runner.records import Problem, Settings
+from bar_edge.bench.runner.runtimes import RUNTIMES as ROWS
+from bar_edge.bench.runner.timing import BURST, MIN_RUNS, UNTIMED, interleave, warm_up
 from bar_edge.errors import EnvironmentLacks, InputError
 from bar_edge.records import Budget
 from bar_edge.requests import BenchRequest
@@ -159,8 +163,8 @@ def tensorrt_options(path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
-    with pytest.raises(runner.Problem) as caught:
-        runner.RUNTIMES["onnxruntime-tensorrt"](path, path.name, runner.Settings(1, 1, precision, True))
+    with pytest.raises(Problem) as caught:
+        ROWS["onnxruntime-tensorrt"].load(path, path.name, Settings(1, 1, precision, True))
     assert caught.value.fields["kind"] == "EnvironmentLacks" and "TensorRT" in caught.value.fields["remedy"]
     assert [name for name, _ in given] == ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
     return given[0][1]
@@ -171,7 +175,7 @@ def test_onnxruntimes_tensorrt_is_allowed_what_the_precision_needs(
 ) -> None:
     path = relu_file(tmp_path / "a.onnx")
     caches = set()
-    for precision in runner.PRECISIONS["onnxruntime-tensorrt"]:
+    for precision in ROWS["onnxruntime-tensorrt"].precisions:
         options = tensorrt_options(path, monkeypatch, precision)
         flags = {name for name in options if re.fullmatch("trt_(fp16|bf16|int8)_enable", name)}
         assert flags == ({f"trt_{precision}_enable"} if precision != "fp32" else set())
@@ -191,17 +195,18 @@ def test_the_real_onnxruntime_knows_our_tensorrt_options(tmp_path: Path, monkeyp
         pytest.skip(f"onnxruntime-gpu cannot be downloaded: {type(error).__name__}")
     (bindings,) = wheel.glob("onnxruntime/capi/onnxruntime_pybind11_state*.so")
     text = bindings.read_bytes().decode("latin-1")
-    for precision in runner.PRECISIONS["onnxruntime-tensorrt"]:
+    for precision in ROWS["onnxruntime-tensorrt"].precisions:
         for name, value in tensorrt_options(relu_file(tmp_path / "a.onnx"), monkeypatch, precision).items():
             said = re.search(f"The value for the key '{name}' should be ([^\0]*)", text)
             assert said and (value in said.group(1) if name.endswith("_enable") else "a path" in said.group(1)), name
 
 
 def test_what_runs_on_the_device_is_old_python_and_imports_little() -> None:
-    for module, allowed in ((runner, {"numpy"}), (agent, set())):
-        tree = ast.parse(Path(module.__file__).read_text(), feature_version=(3, 8))
+    runner = sorted(Path(described.__file__).parent.glob("*.py"))
+    for file, allowed in (*((file, {"numpy"}) for file in runner), (Path(agent.__file__), set())):
+        tree = ast.parse(file.read_text(), feature_version=(3, 8))
         imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
         assert {name.partition(".")[0] for name in imported} <= sys.stdlib_module_names | allowed
     script = f"import sys; sys.path[:0] = {sys.path!r}\nimport bar_edge.bench\n"
     script += "sys.exit(bool({'torch', 'onnx', 'onnxruntime'} & set(sys.modules)))"
@@ -380,10 +385,10 @@ def test_bf16_that_openvino_does_not_compute_in_is_said(
     core = SimpleNamespace(read_model=lambda path: model, compile_model=lambda *_: compiled)
     monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core, __version__="0"))
     for precision in ("fp32", "bf16"):
-        settings = runner.Settings(1, 1, precision, alone=True)
-        refused = pytest.raises(runner.Problem, match="a CPU that OpenVINO computes bf16 on")
+        settings = Settings(1, 1, precision, alone=True)
+        refused = pytest.raises(Problem, match="a CPU that OpenVINO computes bf16 on")
         with nullcontext() if right or precision == "fp32" else refused:
-            assert runner.load_openvino_cpu(Path("a.onnx"), "a.onnx", settings).version == "0"
+            assert load_openvino_cpu(Path("a.onnx"), "a.onnx", settings).version == "0"
 
 
 @needs_openvino
@@ -504,10 +509,10 @@ def test_what_a_jetson_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (tmp_path / name).write_text(f"#!/bin/sh\ncat <<'E'\n{text}\nE\n" + "exec sleep 60\n" * (name == "tegrastats"))
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    found = runner.device(with_gpu=False)
+    found = described.device(with_gpu=False)
     assert found["power_mode"] == "MODE_15W"
     assert "MaxFreq=612000000" in found["clocks"] and "Current" not in found["clocks"]
-    assert runner.state(with_gpu=False)["tegrastats"].startswith("RAM 1100")
+    assert described.state(with_gpu=False)["tegrastats"].startswith("RAM 1100")
 
 
 def test_each_runtime_is_tried() -> None:

@@ -18,7 +18,6 @@ from bar_edge.methods.gating.gate_cost import LatencyCost, gate_cost
 from bar_edge.methods.gating.projection import project
 from bar_edge.models import build
 from bar_edge.network import Network, trace
-from bar_edge.network.channels import passages
 from bar_edge.network.liveness import held_channels
 from bar_edge.network.priced_operations import LAYERS, LatencyCounter, largest_widths, operations
 from bar_edge.pipeline import profile
@@ -92,8 +91,7 @@ def test_another_file_is_refused(table: LatencyTable, tmp_path: Path, change: di
 
 
 def test_every_convolution_is_priced_once(network: Network) -> None:
-    found = passages(network)
-    kinds = [operation.kind for operation in operations(network, found)]
+    kinds = [operation.kind for operation in operations(network)]
     convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
     assert sum(kind.op == "conv" for kind in kinds) == len(convolutions)
     assert sum(kind.op == "add" for kind in kinds) == 9
@@ -105,7 +103,7 @@ def test_every_convolution_is_priced_once(network: Network) -> None:
 
 def test_widths_cost_as_the_hardware_takes_them(network: Network, table: LatencyTable) -> None:
     assert [table.stepped(n) for n in (0, 1, 4, 5, 16, 17, 32, 33)] == [0, 4, 4, 8, 16, 32, 32, 48]
-    counter = LatencyCounter(network, passages(network), table)
+    counter = LatencyCounter(network, table)
     by_width = [counter.ms({first(network): range(n)}) for n in range(1, 17)]
     assert all(a <= b + 1e-12 for a, b in zip(by_width, by_width[1:], strict=False))
     assert len({round(ms, 9) for ms in by_width}) == 4
@@ -131,14 +129,14 @@ def test_a_price_by_hand(network: Network, table: LatencyTable, mixed: bool) -> 
     layout = GateLayout(network, table=table)
     last = [name for name in layout.offsets if name.endswith("conv2")][-1]
     kept = {last: tuple(range(48))} if mixed else {}
-    width = {node: int(channels.sum()) for node, channels in held_channels(network, kept, layout.found).items()}
+    width = {node: int(channels.sum()) for node, channels in held_channels(network, kept).items()}
     total = 0.0
-    for operation in operations(network, layout.found):
+    for operation in operations(network):
         differ = [width[a] != width[b] for a, b in operation.mixed]
         there = not differ or (any(differ) and all(width[a] == width[b] for a, b in operation.whole))
         if there:
             total += float(made_up_ms(operation.kind, np.array([width[node] for node in operation.tensors])))
-    added = {operation.kind.op for operation in operations(network, layout.found) if operation.full is not None}
+    added = {operation.kind.op for operation in operations(network) if operation.full is not None}
     assert added == {"pad"}  # 48 is a multiple of 4: no filter of zeros to spare
     # the image's three channels cost as four
     assert layout.cost(kept, "ms") == pytest.approx(total, rel=1e-3)
@@ -293,7 +291,7 @@ def test_the_faster_of_two_forms_is_profiled(monkeypatch: pytest.MonkeyPatch, fa
 
 def test_a_relu_is_part_of_a_layer_and_another_activation_is_not() -> None:
     network = trace(build("mobilenetv2", input_shape=(3, 32, 32), classes=10).eval(), torch.zeros(2, 3, 32, 32))
-    kinds = [str(operation.kind) for operation in operations(network, passages(network))]
+    kinds = [str(operation.kind) for operation in operations(network)]
     clips = [kind for kind in kinds if kind.startswith("clip")]
     assert len(clips) == sum("hardtanh" in str(node.target) for node in network.nodes)
     assert clips[0] == "clip @32x32"

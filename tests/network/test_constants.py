@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
 from bar_edge.errors import InputError
+from bar_edge.methods import GateLayout
 from bar_edge.network import Network, count, prunable, trace
+from bar_edge.runs.inspection import preflight
 from bar_edge.surgery import relative_difference
 from tests.network.test_loose_tensors import Net, conv, exact, half_of_every_layer, images
 from tests.reference import randomise
@@ -83,6 +85,8 @@ COMPUTED: dict[str, tuple[set[str], bool, Callable[[], nn.Module]]] = {
         a=conv(3), c=conv(3), w=nn.Parameter(torch.ones(2)), b=conv(8, 4))),
     "frozen norms written by hand": ({"a"}, False, lambda: Net(
         lambda s, x: s.b(frozen_norm(s, s.a(x)).relu()), a=conv(3, bias=False), b=conv(8, 4), **NORM)),
+    "frozen norms of detectors": ({"a"}, False, lambda: Net(
+        lambda s, x: s.b(F.batch_norm(s.a(x), s.rm, s.rv, s.w, s.bias).relu()), a=conv(3), b=conv(8, 4), **NORM)),
     "a scale that is frozen": ({"a"}, False, lambda: Net(
         lambda s, x: s.b(s.a(x) * s.g.exp()), a=conv(3), b=conv(8, 4),
         g=nn.Parameter(torch.randn(8, 1, 1), requires_grad=False))),
@@ -140,6 +144,7 @@ def test_what_is_computed_of_weights_alone(name: str, tmp_path: Path) -> None:
     network = exact(build(), oracle=name not in UNKNOWN_TO_THE_ORACLE)
     assert {layer for layer, reason in prunable(network).items() if not reason} >= pruned
     assert bool(network.notes) == baked
+    assert set(network.notes) <= set(preflight(GateLayout(network), [])["warnings"])
     metric = "flops" if count(network).flops else "params"
     assert count(network, half_of_every_layer(network)).of(metric) < 0.62 * count(network).of(metric)
     network.save(tmp_path / "n")

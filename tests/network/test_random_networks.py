@@ -17,22 +17,13 @@ from bar_edge.network import Network
 from bar_edge.records import ChannelPlan
 from bar_edge.surgery import slice_network
 from tests.meaning import masked_answer, masked_run
-from tests.network import random_networks
-from tests.network.random_networks import (
-    BLOCKS,
-    KINDS,
-    Case,
-    Grower,
-    RandomNetwork,
-    Step,
-    check,
-    enliven,
-    examine,
-    inputs_of,
-    random_case,
-    shrink,
-    shrunk,
-)
+from tests.network.random_networks import blocks, grower, proof
+from tests.network.random_networks.blocks import BLOCKS
+from tests.network.random_networks.case import Case, Step
+from tests.network.random_networks.grower import Grower, random_case
+from tests.network.random_networks.proof import check, enliven, examine, inputs_of
+from tests.network.random_networks.shrinking import shrink, shrunk
+from tests.network.random_networks.steps import KINDS, RandomNetwork
 from tests.reference import contrasting, difference, randomise
 from tests.reference import masked_answer as older_answer
 
@@ -174,8 +165,31 @@ def test_a_linear_layer_after_flatten_reads_whole_maps() -> None:
 def test_operators_without_a_rule_see_zeros_and_exist() -> None:
     net = Net(lambda s, x: torch.cos(s.a(x).cumsum(1)), a=conv(3, 4))
     meets(net, {"a": (0, 3)}, lambda s, x: torch.cos(without(s.a(x), 1, 2).cumsum(1)))
-    net = Net(lambda s, x: torch.cos(torch.maximum(s.a(x), s.b(x))), a=conv(3, 2), b=conv(3, 2))
-    meets(net, {"a": (0,), "b": (0,)}, lambda s, x: torch.cos(torch.maximum(without(s.a(x), 1), without(s.b(x), 1))))
+
+
+def test_the_larger_of_two_and_a_choice_between_them_exist_where_either_does() -> None:
+    parts = {"a": conv(3, 4), "b": conv(3, 4)}
+    kept = {"a": (0, 1), "b": (1, 2)}
+    absent = lambda s, x: (without(s.a(x), 2, 3), without(s.b(x), 0, 3))  # noqa: E731
+    net = Net(lambda s, x: torch.cos(torch.maximum(s.a(x), s.b(x))), **parts)
+    meets(net, kept, lambda s, x: without(torch.cos(torch.maximum(*absent(s, x))), 3))
+
+    def choice(s: Any, x: Tensor) -> Tensor:
+        return (lambda a, b: torch.where(a > 0.1, a, b) + 0.5)(s.a(x), s.b(x))
+
+    def by_hand(s: Any, x: Tensor) -> Tensor:
+        a, b = absent(s, x)
+        return without(torch.where(a > 0.1, a, b) + 0.5, 3)
+
+    meets(Net(choice, **parts), kept, by_hand)
+    net = Net(lambda s, x: s.a(x).masked_fill(s.a(x) <= 0, 0.5), a=conv(3, 4))
+    masked = lambda a: a.masked_fill(a <= 0, 0.5)  # noqa: E731
+    meets(net, {"a": (0, 1)}, lambda s, x: without(masked(without(s.a(x), 2, 3)), 2, 3))
+
+
+def test_one_half_by_the_other_exists_where_both_do() -> None:
+    net = Net(lambda s, x: torch.cos(F.glu(s.a(x), 1)), a=conv(3, 6))
+    meets(net, {"a": (0, 1, 3, 5)}, lambda s, x: without(torch.cos(F.glu(without(s.a(x), 2, 4), 1)), 1, 2))
 
 
 def test_joining_along_another_axis_exists_where_any_part_does() -> None:
@@ -220,7 +234,7 @@ def test_the_narrower_reference_agrees() -> None:
 
 
 def only(block: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, seed: int) -> Case:
-    monkeypatch.setattr(random_networks, "BLOCKS", {block: 10, random_networks.plain: 1})
+    monkeypatch.setattr(grower, "BLOCKS", {block: 10, blocks.plain: 1})
     return Grower(seed, blocks=3).case
 
 
@@ -274,15 +288,15 @@ def shifted_norms(network: Network, plan: ChannelPlan) -> Network:
 @pytest.mark.parametrize("wrong", [other_channels, more_channels, shifted_norms])
 def test_a_wrong_slice_is_noticed(wrong: Callable[..., Network], monkeypatch: pytest.MonkeyPatch) -> None:
     case = with_norm()
-    monkeypatch.setattr(random_networks, "slice_network", wrong)
+    monkeypatch.setattr(proof, "slice_network", wrong)
     failure = examine(case).failure
     assert failure is not None and failure.kind == "answer"
 
 
 def test_wrong_counts_and_files_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, count = with_norm(), random_networks.count
+    case, count = with_norm(), proof.count
     with monkeypatch.context() as patch:
-        patch.setattr(random_networks, "count", lambda network, plan=None: count(network))
+        patch.setattr(proof, "count", lambda network, plan=None: count(network))
         failure = examine(case).failure
         assert failure is not None and failure.kind == "count"
     load = Network.load
@@ -299,7 +313,7 @@ def test_wrong_counts_and_files_are_noticed(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_failure_shrinks_to_the_steps_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     case = with_norm()
-    monkeypatch.setattr(random_networks, "slice_network", shifted_norms)
+    monkeypatch.setattr(proof, "slice_network", shifted_norms)
     failure = examine(case).failure
     assert failure is not None
     small = shrunk(failure)

@@ -62,7 +62,7 @@ def test_types_are_declared(wheel):
 
 def test_extras_and_licence(wheel):
     data = metadata(wheel)
-    assert set(data.get_all("Provides-Extra")) == {"openvino", "trt", "hf", "timm", "test"}
+    assert set(data.get_all("Provides-Extra")) == {"openvino", "trt", "hf", "timm", "kernels", "test"}
     assert data["License-Expression"] == "Apache-2.0"
     assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
 

@@ -124,19 +124,6 @@ def test_networks_that_cannot_be_read_quote_the_line(end: str, said: str) -> Non
     assert said in str(error.value) and "test_preflight.py:" in str(error.value)
 
 
-def test_a_name_that_python_reserves() -> None:
-    class Reserved(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.parts = nn.ModuleDict({"global": nn.Conv2d(3, 4, 3)})
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.parts["global"](x)
-
-    with pytest.raises(InputError, match="words of Python"):
-        trace(Reserved(), torch.zeros(2, 3, 8, 8))
-
-
 def test_a_network_without_convolutions_is_refused() -> None:
     with pytest.raises(InputError, match="convolution.*\\n.*1: its channels are the network's output"):
         BAR(nn.Sequential(nn.Flatten(1), nn.Linear(48, 10)), torch.zeros(2, 3, 4, 4), budget="2x", steps=10)
@@ -150,3 +137,32 @@ def test_a_network_without_convolutions_is_refused() -> None:
 def test_export_refuses_unknown_targets(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="torch"):
         export_run(tmp_path, ExportRequest(target="nothing"))
+
+
+def test_what_remains_at_half_the_width_stands_beside_the_share() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    through = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Softmax(1), nn.Conv2d(8, 8, 3), nn.Softmax(1), nn.Conv2d(8, 4, 3))
+    figures = []
+    for module in (plain, through):
+        answer = preflight(GateLayout(trace(module.eval(), torch.zeros(2, 3, 12, 12))), [])
+        figures.append(answer["costs"]["flops"])
+    first, second, last = 2 * 100 * 27 * 8, 2 * 64 * 72 * 8, 2 * 36 * 72 * 4
+    assert figures[0]["full"] == figures[1]["full"] == first + second + last
+    assert figures[0]["at_half_width"] == pytest.approx((first / 2 + second / 4 + last / 2) / figures[0]["full"])
+    assert figures[1]["at_half_width"] == pytest.approx((first / 2 + second / 2 + last) / figures[1]["full"])
+
+
+def test_what_counts_for_nothing_is_named() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x).flatten(2)
+            return self.fc((y @ y.mT @ y).mean(2))
+
+    answer = preflight(GateLayout(trace(Attends().eval(), torch.zeros(2, 3, 6, 6))), [])
+    named = {row["operator"]: row["flops"] for row in answer["uncounted"]}
+    assert named == {"aten.matmul.default": 2 * 8 * 8 * 16, "fc": 2 * 8 * 4}
+    assert all("test_preflight.py:" in row["line"] for row in answer["uncounted"])

@@ -5,6 +5,7 @@ Each is a stem, the construct, and a head; `tests.meaning` says what a plan mean
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from bar_edge.methods import GateLayout
+from bar_edge.methods.gating.gated_network import GatedNetwork, fold
+from bar_edge.methods.gating.projection import protected_gates
 from bar_edge.network import Network, count, trace
 from bar_edge.records import ChannelPlan
 from bar_edge.surgery import masked_outputs, relative_difference, slice_network
 from tests.meaning import masked_answer
-from tests.network.random_networks import enliven
+from tests.network.random_networks.proof import enliven
 from tests.reference import contrasting, difference, visible
 
 FLOAT64 = 1e-12  # 1e-16 per layer
@@ -344,6 +347,33 @@ def test_a_summand_that_is_no_gate_keeps_its_own() -> None:
         a=conv(3, 8), up=conv(8, 8), c=conv(3, 8), b=conv(8, 4),
     )  # fmt: skip
     assert set(GateLayout(exact(module)).offsets) == {"a", "up", "c"}
+
+
+GATED = [
+    "frozen norm", "coordinates", "mean of a power", "depthwise, transposed", "clamp_min, not 0", "threshold",
+    "minimum with a parameter", "a slope per channel", "one of two", "a mask", "times its sign", "glu",
+    "one branch twice", "vectors",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gated_equals_folded_and_sliced(name: str) -> None:
+    module = (CONSTANTS | RULED | {gate: make for gate, (make, _) in GATES.items()})[name]()
+    images = contrasting(3, 3, 6, 8)
+    network = trace(module, images)
+    gated = GatedNetwork(GateLayout(network)).double()
+    gates, layout = gated.gates, gated.layout
+    with torch.no_grad():
+        gates.log_alpha.copy_(torch.rand(layout.size, generator=torch.Generator().manual_seed(0)) * 8 - 4)
+        for ids, _ in protected_gates(layout, "volume"):
+            gates.log_alpha[ids[0]] = 3.0
+    gated.train()(images).square().mean().backward()
+    gradients = [p.grad for p in gated.parameters() if p.grad is not None]
+    assert gradients and all(g.isfinite().all() for g in gradients)
+    plan, folded = layout.plan(gates.opened()), copy.deepcopy(network)
+    fold(folded, gated)
+    with torch.no_grad():
+        assert relative_difference(gated.eval()(images), slice_network(folded, plan)(images)) < FLOAT64
 
 
 # memory ---------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_a_changed_byte_or_a_missing_file_is_a_no(artifact: Path, name: str) -> 
 
 def rehash(folder: Path, **changes: object) -> None:
     """Rewrite the manifest so that its hashes fit what lies there: a forger's work, or a wrong tool's."""
-    from bar_edge.targets.verify import file_hash
+    from bar_edge.files import file_hash
 
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = {name: {"sha256": file_hash(folder / name)} for name in manifest["files"]}

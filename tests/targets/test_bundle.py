@@ -13,8 +13,9 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from bar_edge.bench import bench_onnx, runner, runtimes_here
+from bar_edge.bench import bench_onnx, runtimes_here
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
+from bar_edge.files import file_hash
 from bar_edge.lowering.lower import lower
 from bar_edge.models import build
 from bar_edge.network import trace
@@ -22,12 +23,10 @@ from bar_edge.records.lowering import Lowering
 from bar_edge.targets.artifact import ArtifactSpec, write_artifact
 from bar_edge.targets.tensorrt.bundle import build_script, write_bundle
 from bar_edge.targets.tensorrt.options import EngineOptions
-from bar_edge.targets.verify import file_hash
 from tests.reference import randomise
 from tests.targets.fake_tensorrt import SURFACE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RUNNER = Path(runner.__file__)
 OPTIONS = EngineOptions(batch=(1, 4, 8), workspace_mib=512)
 SAMPLES = 30
 
@@ -46,7 +45,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def bundle(artifact: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "bundle"
-    write_bundle(artifact, folder, precision="fp16", options=OPTIONS, runner=RUNNER)
+    write_bundle(artifact, folder, precision="fp16", options=OPTIONS)
     return folder
 
 
@@ -105,7 +104,7 @@ def test_what_is_in_a_bundle(bundle: Path, artifact: Path) -> None:
     assert manifest["target"] == "trt-bundle" and manifest["precision"] == "fp16"
     names = {path.name for path in bundle.iterdir()}
     assert names == {*manifest["files"], "manifest.json", "README.md"}
-    assert {"model.onnx", "samples.safetensors", "build.sh", "build.pyz", "run.py"} == set(manifest["files"])
+    assert {"model.onnx", "samples.safetensors", "build.sh", "build.pyz", "run.pyz"} == set(manifest["files"])
     assert all(file_hash(bundle / name) == entry["sha256"] for name, entry in manifest["files"].items())
     assert manifest["parity"]["within"] and 0 < manifest["parity"]["error"] < 2e-2
     assert manifest["parity"]["samples"] == SAMPLES
@@ -117,21 +116,21 @@ def test_what_is_in_a_bundle(bundle: Path, artifact: Path) -> None:
 
 
 def test_the_same_bundle_gives_the_same_bytes(bundle: Path, artifact: Path, tmp_path: Path) -> None:
-    write_bundle(artifact, tmp_path / "again", precision="fp16", options=OPTIONS, runner=RUNNER)
+    write_bundle(artifact, tmp_path / "again", precision="fp16", options=OPTIONS)
     for path in bundle.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
 
 def test_precisions(artifact: Path, tmp_path: Path) -> None:
-    exact = write_bundle(artifact, tmp_path / "fp32", precision="fp32", runner=RUNNER)
+    exact = write_bundle(artifact, tmp_path / "fp32", precision="fp32")
     assert file_hash(tmp_path / "fp32" / "model.onnx") == file_hash(artifact / "model.onnx")
     assert exact["parity"]["tolerance"] == 1e-4 and exact["tensorrt"]["accepted_by"] == ["10.3", "10.16", "11"]
-    coarse = write_bundle(artifact, tmp_path / "bf16", precision="bf16", runner=RUNNER)
+    coarse = write_bundle(artifact, tmp_path / "bf16", precision="bf16")
     assert coarse["parity"]["within"] and coarse["parity"]["error"] > 1e-4 and coarse["parity"]["samples"] == 4
     assert coarse["tensorrt"]["accepted_by"] == ["10.16", "11"]
     for precision in ("int8", "fp8"):
         with pytest.raises(InputError, match="artifact in"):
-            write_bundle(artifact, tmp_path / "no", precision=precision, runner=RUNNER)
+            write_bundle(artifact, tmp_path / "no", precision=precision)
     assert not (tmp_path / "no").exists()
 
 
@@ -142,7 +141,7 @@ def test_a_rejected_graph_makes_no_bundle(artifact: Path, tmp_path: Path) -> Non
     model.opset_import[0].version = 20
     onnx.save(model, bad / "model.onnx")
     with pytest.raises(InputError, match="opset 20"):
-        write_bundle(bad, tmp_path / "bundle", precision="fp32", runner=RUNNER)
+        write_bundle(bad, tmp_path / "bundle", precision="fp32")
     assert not (tmp_path / "bundle").exists()
 
 

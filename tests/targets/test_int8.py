@@ -391,7 +391,7 @@ def test_finetuning_brings_the_rounded_network_nearer(tmp_path):
     network = folded(trace(randomise(build(name, input_shape=(3, 8, 8), classes=4)).eval(), torch.zeros(2, 3, 8, 8)))
     batches = [torch.from_numpy(images(32, seed=i)) for i in range(40)]
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    tuned = finetune(network, batches)
+    tuned = finetune(network, batches, weight_bits=load_recipe("onnxruntime-cpu").weight_bits)
     assert tuned.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     moved = [key for key, value in tuned.state_dict().items() if not torch.equal(value, before[key])]

@@ -238,7 +238,7 @@ def test_a_bundle_for_a_device_has_all_it_needs(run: Path, tmp_path: Path) -> No
         "model.onnx",
         "build.sh",
         "build.pyz",
-        "run.py",
+        "run.pyz",
         "samples.safetensors",
         "manifest.json",
         "README.md",
@@ -254,7 +254,7 @@ def test_bf16_is_verified_too(run: Path, tmp_path: Path) -> None:
     assert export_run(run, ExportRequest(target="trt-bundle", precision="bf16"), out=tmp_path / "bundle")["verdict"]
     answer = verify(tmp_path / "bundle")
     assert answer["verdict"] and answer["checks"][-1]["detail"].endswith("on 4 samples")
-    with (tmp_path / "bundle" / "run.py").open("a") as stream:
+    with (tmp_path / "bundle" / "run.pyz").open("a") as stream:
         stream.write("# changed\n")
     assert not verify(tmp_path / "bundle")["verdict"]
 

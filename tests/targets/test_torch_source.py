@@ -307,11 +307,19 @@ def tied() -> Network:
 
 
 def odd_names() -> nn.Module:
-    """Names that Python would change inside a class, and numbers that are none."""
-    net = Net(lambda s, x: getattr(s.parts, "__a")(s.parts.get_submodule("07")(x) + s.get_submodule("7")(x)))
+    """Names that Python would change inside a class, numbers that are none, and what is no identifier."""
+    net = Net(
+        lambda s, x: s.get_submodule("conv-3x3")(
+            s.parts.get_submodule("P3/8")(
+                getattr(s.parts, "__a")(s.parts.get_submodule("07")(x) + s.get_submodule("7")(x))
+            )
+        )
+    )
+    net.add_module("conv-3x3", nn.Conv2d(4, 4, 1))
     net.parts = nn.Module()
     net.parts.add_module("__a", nn.Conv2d(4, 4, 3))
     net.parts.add_module("07", nn.Conv2d(3, 4, 3))
+    net.parts.add_module("P3/8", nn.Conv2d(4, 4, 1))
     net.add_module("7", nn.Conv2d(3, 4, 3))
     return net
 

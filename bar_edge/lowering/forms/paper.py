@@ -19,7 +19,7 @@ class Paper:
         self.w = writer
         self.places = {
             node: Placement(stream.width, channels)
-            for stream in residual_streams(writer.network, writer.found)
+            for stream in residual_streams(writer.network)
             for node, channels in stream.channels.items()
         }
         self.whole: dict[fx.Node, fx.Node] = {}

@@ -78,7 +78,7 @@ class BAR:
             start = torch.full_like(start, c.gate_limit)
         else:
             self.optimizer = AdamSteps(gates.log_alpha, c)
-        full = max(self.cost.full, closer.full) if closes else self.cost.full
+        full = closer.full if closes else self.cost.full
         self.schedule = BudgetSchedule(
             full=full,
             limit=limit,

@@ -9,6 +9,7 @@ problems, as in HALP (Shen et al. 2022), over moves from one useful width of a l
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import torch
@@ -54,6 +55,8 @@ class Closer:
         self.layout, self.metric = layout, metric
         self.price = gate_cost(layout, metric)
         self.protected = protected_gates(layout, metric)
+        #: (gates,) the layer of each gate
+        self.layer = torch.cat([torch.full((n,), i) for i, (_, n) in enumerate(layout.offsets.values())])
         self.tiers = [*self._layers(), *self._streams()]
         #: what everything costs, open
         self.full = self.cost(torch.ones(layout.size, dtype=torch.bool))
@@ -120,10 +123,23 @@ class Closer:
                 out = torch.zeros(tier.width, dtype=torch.bool)
                 out[order[: width - target]] = True
                 closed = gate[out[channel]]
-                moves.append(Move(torch.zeros_like(opened).index_fill(0, closed, True), importance[closed].sum()))
+                lost = self._lost(closed, opened, importance)
+                moves.append(Move(torch.zeros_like(opened).index_fill(0, closed, True), lost))
         if width and tier.dying is not None:
-            moves.append(Move(torch.zeros_like(opened).index_fill(0, tier.dying, True), importance[gate].sum()))
+            lost = self._lost(gate, opened, importance)
+            moves.append(Move(torch.zeros_like(opened).index_fill(0, tier.dying, True), lost))
         return moves
+
+    def _lost(self, closed: Tensor, opened: Tensor, importance: Tensor) -> Tensor:
+        """Return what the loss loses by closing gates (n,): in each layer, with what is closed there already.
+
+        Channels of a layer do alike things, so that their losses add up before they are squared: the first
+        channels of a layer are cheap, the last ones dear.
+        """
+        roots = importance.sqrt()
+        before = torch.zeros(int(self.layer[-1]) + 1, dtype=roots.dtype).index_add(0, self.layer, roots * ~opened)
+        after = before.index_add(0, self.layer[closed], roots[closed])
+        return (after.square() - before.square()).sum()
 
     def _levels(self, width: int, unit: int) -> tuple[int, ...]:
         """Return the widths that are worth having: where the device's cost steps, or shares of the whole width."""
@@ -142,8 +158,7 @@ class Closer:
             dying = (everything & ~self.layout.living(without)).nonzero().flatten()
             needed = any(int((~torch.isin(ids, dying)).sum()) < least for ids, least in self.protected)
             groups = self.layout.groups.get(name, 1)
-            unit = max(groups, self.layout.round_to // groups * groups)
-            levels = self._levels(n, unit)
+            levels = self._levels(n, math.lcm(groups, self.layout.round_to))
             yield Tier(own, torch.arange(n), n, groups, levels, None if needed else dying)
 
     def _streams(self) -> Iterator[Tier]:

@@ -117,9 +117,9 @@ class GateCost(Cost):
     def __init__(self, layout: GateLayout, metric: Metric) -> None:
         rows, cost = _Rows(layout), COSTS[metric]
         entries: list[tuple[int, int, float, float]] = []
-        constant = float(loose_params(layout.network, layout.found)) if cost.of_parameters else 0.0
+        constant = float(loose_params(layout.network)) if cost.of_parameters else 0.0
         counted: set[str] = set()
-        for unit in units(layout.network, layout.found):
+        for unit in units(layout.network):
             if cost.of_parameters and unit.node.op == "call_module":
                 if str(unit.node.target) in counted:
                     continue

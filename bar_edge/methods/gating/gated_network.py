@@ -136,7 +136,7 @@ class Gates(nn.Module):
     def _deterministic(self) -> list[Tensor]:
         key = (self.log_alpha._version, self.log_alpha.device, self.log_alpha.data_ptr())
         if self._eval is None or self._eval[0] != key:
-            held = held_channels(self.layout.network, self.layout.kept(self.opened()), self.layout.found)
+            held = held_channels(self.layout.network, self.layout.kept(self.opened()))
             z, device = self.values(), self.log_alpha.device
             factors, living = [], z.clone()
             for name, (first, n) in self.layout.offsets.items():

@@ -12,11 +12,12 @@ from torch import Tensor, fx, nn
 
 from bar_edge.errors import InputError
 from bar_edge.network import Network, prunable
-from bar_edge.network.channels import Link, Passage, Passages, called_again, is_whole, passages
-from bar_edge.network.counted_cost import CostCounter, scaled_by
+from bar_edge.network.channels import Link, Passage, called_again, is_whole
+from bar_edge.network.counted_cost import CostCounter
 from bar_edge.network.cross_check import uncounted_flops
 from bar_edge.network.liveness import held_channels
 from bar_edge.network.priced_operations import LatencyCounter
+from bar_edge.network.prunable import scaled_by
 from bar_edge.records import COSTS, ChannelPlan, Metric
 from bar_edge.records.latency_table import LatencyTable
 from bar_edge.surgery.stream_order import is_identity
@@ -72,10 +73,10 @@ class GateLayout:
         round_to: int = 1,
         table: LatencyTable | None = None,
     ) -> None:
-        self.network, self.found, self.round_to = network, passages(network), round_to
+        self.network, self.found, self.round_to = network, network.channels, round_to
         self.keep, self.table = keep, table
         self.uncounted = uncounted_flops(network)
-        reasons = prunable(network, self.found)
+        reasons = prunable(network)
         widths = {str(node.target): self.found[node].width for node in self.found if str(node.target) in reasons}
         whole, self.least = _kept_layers(reasons, widths, keep)
         self.offsets: dict[str, tuple[int, int]] = {}
@@ -88,13 +89,13 @@ class GateLayout:
             if reasons[name] == "":
                 self.offsets[name] = (self.size, passage.width)
                 self.size += passage.width
-            elif (product := scaled_by(network, self.found, node)) is not None:
+            elif (product := scaled_by(network, node)) is not None:
                 self.follows[node] = product
         self.products: list[tuple[Writers, Writers]] = []
         self.writers = self._all_writers()
-        self.groups = _groups(network, self.found, self.offsets)
-        self.costs = CostCounter(network, self.found)
-        self.latency = LatencyCounter(network, self.found, table) if table is not None else None
+        self.groups = _groups(network, self.offsets)
+        self.costs = CostCounter(network)
+        self.latency = LatencyCounter(network, table) if table is not None else None
 
     def __deepcopy__(self, memo: dict[int, object]) -> GateLayout:
         """Return the layout itself: it describes the graph, copies of a gated network share it."""
@@ -127,7 +128,7 @@ class GateLayout:
 
     def living(self, opened: Tensor) -> Tensor:
         """Return the open gates (gates,) bool whose channels are fed and read."""
-        held = held_channels(self.network, self.kept(opened), self.found)
+        held = held_channels(self.network, self.kept(opened))
         return opened & torch.cat([torch.stack([held[call] for call in self.calls(n)]).any(0) for n in self.offsets])
 
     def extended_probability(self, p: Tensor) -> Tensor:
@@ -212,8 +213,9 @@ def _kept_layers(
     return whole, {name: n for name, n in least.items() if reasons[name] == ""}
 
 
-def _groups(network: Network, found: Passages, offsets: dict[str, tuple[int, int]]) -> dict[str, int]:
+def _groups(network: Network, offsets: dict[str, tuple[int, int]]) -> dict[str, int]:
     """Return in how many equal runs the channels of gated layers are read or made by grouped convolutions."""
+    found = network.channels
     groups: dict[str, int] = {}
     for node, passage in found.items():
         if passage.kind != "read" or passage.groups == 1:

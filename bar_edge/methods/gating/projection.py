@@ -12,7 +12,8 @@ from bar_edge.errors import InputError
 from bar_edge.methods.gating.layout import GateLayout
 from bar_edge.methods.method import Scored
 from bar_edge.network.channels import Passage, is_whole
-from bar_edge.network.counted_cost import prunable, units
+from bar_edge.network.counted_cost import units
+from bar_edge.network.prunable import prunable
 from bar_edge.network.trace import source_line
 from bar_edge.records import COSTS, Budget, ChannelPlan, Metric
 
@@ -214,7 +215,7 @@ def _cheapest(layout: GateLayout, metric: Metric) -> dict[fx.Node, float]:
     In ms that is the way with the fewest FLOPs: one channel takes what a few take, wherever it is.
     """
     found, network = layout.found, layout.network
-    by_node = {unit.node: unit for unit in units(network, found)}
+    by_node = {unit.node: unit for unit in units(network)}
     best: dict[fx.Node, float] = {}
     for node in network.nodes:
         passage, step = found.get(node), 0.0

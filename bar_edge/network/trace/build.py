@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from bar_edge.errors import InputError
 from bar_edge.network.graph_json import attach, safe_name
 from bar_edge.network.trace.constants import constants, writes
-from bar_edge.network.trace.modules import MODULE_BUILDERS, no_module
+from bar_edge.network.trace.modules import MODULE_BUILDERS, is_frozen_norm, no_module
 from bar_edge.network.trace.refusals import arguments, calling_module, is_free, source_line
 from bar_edge.network.trace.regions import CASTS, is_float, is_no_cast, without_literals
 from bar_edge.network.trace.simpler import AS, PIECES, is_flatten, is_whole_slice, piece
@@ -44,7 +44,8 @@ class GraphBuilder:
         self.weights = {n: names[n.name] for n in program.graph.nodes if n.op == "placeholder" and n.name in names}
         self.copies: dict[int, Tensor] = {}
         self.frozen: dict[int, nn.Parameter] = {}
-        self.attributes: dict[int, str] = {}
+        self.attributes: dict[int, str] = {}  # names of computed tensors: equal ones have one
+        self.uniform: dict[tuple[Any, ...], Tensor] = {}
         own = {node: self._original(node) for node in self.weights}
         self.constants = constants(program.graph, own, lambda node: node.target in MODULE_BUILDERS)
         self.writes = Writes(self, program.graph)
@@ -125,11 +126,24 @@ class GraphBuilder:
                 return self.graph.call_function(AS[target], (self._map(node.args[0]), [-1, *after[1:]]))
         if target in CASTS:
             return self._cast(node)
+        if target is aten.batch_norm.default and is_frozen_norm(self, node):
+            return self._frozen_norm(node)
         if target in _UNIFORM and node.all_input_nodes:
             number = _UNIFORM[target] if _UNIFORM[target] is not None else node.args[1]
             return self._uniform(number, node.meta["val"], self._map(node.args[0]))
         args, kwargs = without_literals(node) if node.all_input_nodes else (node.args, node.kwargs)
         return self.graph.call_function(target, self._map(args), self._map(kwargs))
+
+    def _frozen_norm(self, node: fx.Node) -> fx.Node:
+        """Say a norm of constants alone as one scale and one shift per channel."""
+        a, shape = arguments(node), [-1, *[1] * (node.meta["val"].ndim - 2)]
+        weight, bias, mean, var = (self.tensor(a[n]) for n in ("weight", "bias", "running_mean", "running_var"))
+        scale = weight * (var + a["eps"]).rsqrt()
+        name = f"{calling_module(node) or 'frozen'}_{node.name}".replace(".", "_")
+        scaled = self._attribute(scale.view(shape).clone(), f"{name}_scale")
+        shift = self._attribute((bias - mean * scale).view(shape), f"{name}_shift")
+        product = self.graph.call_function(aten.mul.Tensor, (self.node(node.args[0]), scaled))  # type: ignore[arg-type]
+        return self.graph.call_function(aten.add.Tensor, (product, shift))
 
     def _cast(self, node: fx.Node) -> fx.Node:
         """Cast to integers or truth values as written, to floats as the network's input is: in float64, bf16 too."""
@@ -143,9 +157,10 @@ class GraphBuilder:
 
     def _uniform(self, number: Any, value: Tensor, sizes: Any) -> fx.Node:
         """Return a tensor of one number, of the network's type and device."""
-        one = self._attribute(
-            torch.full([1] * value.ndim, number, dtype=value.dtype, device=value.device), f"all_{number}"
-        )
+        key = (number, value.ndim, value.dtype)
+        if key not in self.uniform:
+            self.uniform[key] = torch.full([1] * value.ndim, number, dtype=value.dtype, device=value.device)
+        one = self._attribute(self.uniform[key], f"all_{number}".replace(".", "_").replace("-", "minus_"))
         return self.graph.call_function(aten.expand.default, (one, sizes))
 
     def expanded(self, value: Any, like: fx.Node) -> fx.Node:
@@ -179,19 +194,17 @@ class GraphBuilder:
         node = self.writes.first(node)
         self.writes.renew(node)
         if node not in self.nodes:  # a weight that no module owns, or what is computed of such
-            name = self.weights.get(node, f"{calling_module(node) or 'computed'}_{node.name}".replace(".", "_"))
+            own = f"{calling_module(node) or 'computed'}_{node.name}".replace(".", "_")
+            name = self.weights.get(node) or self.attributes.setdefault(id(self.tensor(node)), own)
             self.nodes[node] = self._attribute(self.tensor(node), safe_name(name))
             if self._is_learnt(node):
                 self.baked[name] = source_line(node)
         return self.nodes[node]
 
     def _attribute(self, value: Tensor, name: str) -> fx.Node:
-        """Read a tensor that no module owns, under its name; equal tensors that are ours under one."""
-        name = self.attributes.setdefault(id(value), name)
+        """Read a tensor that no module owns, under its name."""
         while _has(self.root, name) and operator.attrgetter(name)(self.root) is not value:
-            if torch.equal(operator.attrgetter(name)(self.root), value) and name.startswith("all_"):
-                return self.graph.get_attr(name)
-            name = self.attributes[id(value)] = f"{name}_"
+            name += "_"
         if not _has(self.root, name):
             attach(self.root, name, value)
         return self.graph.get_attr(name)

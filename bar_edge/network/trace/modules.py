@@ -75,6 +75,8 @@ def _batch_norm(builder: Builder, node: fx.Node) -> Made:
     tensors = {name: a[name] for name in ("weight", "bias", "running_mean", "running_var")}
     if tensors["running_mean"] is None or not all(v is None or builder.is_weight(v) for v in tensors.values()):
         return None
+    if is_frozen_norm(builder, node):
+        return None
     name, original = builder.owner(node, tensors["running_mean"], "running_mean")
     momentum = original.momentum if isinstance(original, nn.modules.batchnorm._BatchNorm) else a["momentum"]
     width = builder.tensor(tensors["running_mean"]).shape[0]
@@ -83,6 +85,17 @@ def _batch_norm(builder: Builder, node: fx.Node) -> Made:
     if isinstance(original, nn.modules.batchnorm._BatchNorm) and original.num_batches_tracked is not None:
         module.num_batches_tracked = original.num_batches_tracked.detach().clone()
     return name, _fill(builder, module, tensors)
+
+
+def is_frozen_norm(builder: Builder, node: fx.Node) -> bool:
+    """Tell whether a batch_norm is called on buffers alone, by no BatchNorm: its statistics stay in training too."""
+    a = arguments(node)
+    tensors = [a[name] for name in ("weight", "bias", "running_mean", "running_var")]
+    if not all(builder.is_weight(tensor) for tensor in tensors):
+        return False
+    original = builder.owner(node, a["running_mean"], "running_mean")[1]
+    by_hand = not isinstance(original, nn.modules.batchnorm._BatchNorm)
+    return by_hand and not any(isinstance(builder.tensor(tensor), nn.Parameter) for tensor in tensors)
 
 
 def _linear(builder: Builder, node: fx.Node) -> Made:
@@ -102,8 +115,7 @@ def _matmul(builder: Builder, node: fx.Node) -> Made:
     if x.meta["val"].ndim < 2:  # type: ignore[union-attr]
         return None
     weight = builder.parameter(matrix)  # type: ignore[arg-type]
-    columns, rows = weight.shape
-    module = nn.Linear(columns, rows, bias=False, device="meta")
+    module = nn.Linear(weight.shape[0], weight.shape[1], bias=False, device="meta")
     module.weight = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
     return builder.owner(node, matrix)[0], module  # type: ignore[arg-type]
 

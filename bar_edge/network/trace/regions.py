@@ -41,7 +41,7 @@ def flatten(program: torch.export.ExportedProgram) -> None:
 
 
 def _is_region(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.HigherOrderOperator) and str(node.target) in _REGIONS
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target._name in _REGIONS
 
 
 def _inline(parts: fx.GraphModule, node: fx.Node) -> None:

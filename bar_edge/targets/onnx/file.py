@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from bar_edge.errors import InputError
 from bar_edge.files import write_bytes
+from bar_edge.targets.onnx.circular import without_wrap
 from bar_edge.targets.onnx.parity import cpu_session, difference, relative
 
 #: target -> opset. 18 is the one torch's exporter is written in (others go through converters that fail on
@@ -84,6 +85,7 @@ def export_onnx(
         with quiet():
             model = _convert(_Flat(module, preprocessing), examples, opset)
             model, _ = onnxsim.simplify(model)
+            without_wrap(model)
             _count_axes_from_the_end(model)
             _clean(model, {"input_layout": "NCHW"[: len(shapes[0]) + 1], **(metadata or {})})
             onnx.checker.check_model(model, full_check=True)

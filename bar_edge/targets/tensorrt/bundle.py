@@ -8,16 +8,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from bar_edge.bench.packed import packed
+from bar_edge.bench.packed import packed, packed_runner
 from bar_edge.errors import InputError
-from bar_edge.files import write_json
+from bar_edge.files import file_hash, write_json
 from bar_edge.targets.artifact import parity_entry, replacing
 from bar_edge.targets.onnx.precision import to_half
 from bar_edge.targets.tensorrt.check import require_accepted
 from bar_edge.targets.tensorrt.device_build import BUILDER, RUNNER
 from bar_edge.targets.tensorrt.operators import VERSIONS
 from bar_edge.targets.tensorrt.options import EngineOptions
-from bar_edge.targets.verify import MANIFEST, MODEL, SAMPLES, file_hash, read_manifest, sample_error
+from bar_edge.targets.verify import MANIFEST, MODEL, SAMPLES, read_manifest, sample_error
 
 #: bf16 files need opset 22, which 10.3 does not read
 READERS = {"fp32": VERSIONS, "fp16": VERSIONS, "bf16": ("10.16", "11"), "int8": VERSIONS}
@@ -28,16 +28,14 @@ def write_bundle(
     artifact: Path,
     folder: Path,
     *,
-    runner: Path,
     precision: str = "fp16",
     options: EngineOptions | None = None,
 ) -> dict[str, Any]:
     """Make a bundle from an artifact and return its manifest, whose `parity` says whether the file still computes it.
 
     artifact: a folder of `write_artifact` in fp32 (in int8 for int8), with as many samples as the device shall
-    compare. precision: fp32, fp16, bf16 or int8; the model file is converted. runner: the single file that compares
-    and measures (bench/runner.py). The folder is replaced whole, and only if the model file computes the expected
-    outputs. Raises InputError if TensorRT would reject it.
+    compare. precision: fp32, fp16, bf16 or int8; the model file is converted. The folder is replaced whole, and only if
+    the model file computes the expected outputs. Raises InputError if TensorRT would reject it.
     """
     options = options or EngineOptions()
     source = read_manifest(artifact)
@@ -58,7 +56,7 @@ def write_bundle(
         (temporary / BUILDER).write_bytes(packed())
         (temporary / SCRIPT).write_text(build_script(source["inputs"], options), encoding="utf-8")
         (temporary / SCRIPT).chmod(0o755)
-        shutil.copyfile(runner, temporary / RUNNER)
+        (temporary / RUNNER).write_bytes(packed_runner())
         error, number = sample_error(temporary, source, precision)
         files = [MODEL, SAMPLES, BUILDER, SCRIPT, RUNNER]
         manifest = {
@@ -154,11 +152,11 @@ def _readme(manifest: dict[str, Any]) -> str:
     return f"""# A network for TensorRT, to be built on the device
 model.onnx is in {manifest["precision"]} (the tensors say so: a strongly typed network); inputs: {shapes}.
 `sh build.sh` builds model.engine for the GPU that it runs on, with TensorRT 10 or 11: JetPack 6 and 7, desktop GPUs.
-With TensorRT's Python (Python 3.10, numpy) run.py then compares the outputs on all samples and measures;
+With TensorRT's Python (Python 3.10, numpy) run.pyz then compares the outputs on all samples and measures;
 an engine that differs by more than {parity["tolerance"]:g} of the largest output is removed, and the exit status is 1.
 With trtexec alone the engine is built and not compared. Exit status 2: TensorRT refused; 3: something is missing.
 samples.safetensors holds inputs and expected outputs (float32); manifest.json the hashes, names, shapes, options.
-run.py is bar-edge's measuring protocol: a JSON request on stdin, a JSON answer on stdout.
+run.pyz is bar-edge's measuring protocol: a JSON request on stdin, a JSON answer on stdout.
 An engine belongs to one TensorRT version and one GPU: on another device run build.sh there.
 Engines are executable code: load none but those you built from the model.onnx whose hash manifest.json names.
 """

@@ -20,14 +20,14 @@ from bar_edge.targets.tensorrt.engine import manifest_path
 from bar_edge.targets.tensorrt.options import EngineOptions
 
 MODEL, ENGINE, SAMPLES, MANIFEST = "model.onnx", "model.engine", "samples.safetensors", "manifest.json"
-BUILDER, RUNNER = "build.pyz", "run.py"
+BUILDER, RUNNER = "build.pyz", "run.pyz"
 MEASURE_S = 1.0
 
 
 def build_and_check(folder: Path) -> dict[str, Any]:
     """Build a bundle's engine, compare it on all samples and measure it at the best batch; a wrong one is removed.
 
-    Returns the runner's answer (see bench/runner.py), and the engine's manifest as `engine`.
+    Returns the runner's answer (see bench/runner/), and the engine's manifest as `engine`.
     """
     bundle = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     settings = bundle["engine_options"]

@@ -8,11 +8,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bar_edge.bench import measurement, runner
+from bar_edge.bench import measurement
 from bar_edge.bench.ssh import Device
 from bar_edge.bench.ssh import Target as Place
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
-from bar_edge.files import write_json
+from bar_edge.files import file_hash, write_json
 from bar_edge.models.zoo import parse_arguments
 from bar_edge.records.lowering import Lowering
 from bar_edge.targets.convert import convert_to_int8
@@ -23,7 +23,7 @@ from bar_edge.targets.tensorrt.bundle import SCRIPT, write_bundle
 from bar_edge.targets.tensorrt.device_build import BUILDER, ENGINE, RUNNER, build_and_check
 from bar_edge.targets.tensorrt.engine import manifest_path
 from bar_edge.targets.tensorrt.options import EngineOptions
-from bar_edge.targets.verify import MANIFEST, MODEL, file_hash
+from bar_edge.targets.verify import MANIFEST, MODEL
 
 #: how long an engine's build on another device may take, in seconds
 BUILD_S = 3600.0
@@ -80,8 +80,7 @@ def convert_to_bundle(asked: Conversion) -> dict[str, Any]:
             manifest = convert_to_int8(asked, source, "trt-bundle")
             if not manifest["parity"]["within"]:
                 return manifest
-        runs = Path(runner.__file__)
-        return write_bundle(source, asked.folder, precision=asked.precision, options=asked.engine, runner=runs)
+        return write_bundle(source, asked.folder, precision=asked.precision, options=asked.engine)
 
 
 def convert_to_engine(asked: Conversion) -> dict[str, Any]:

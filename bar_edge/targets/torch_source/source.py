@@ -14,7 +14,7 @@ from torch import fx, nn
 from bar_edge.errors import InputError
 from bar_edge.files import write_bytes
 from bar_edge.network import Network, leaves
-from bar_edge.network.graph_json import _check_name, describe
+from bar_edge.network.graph_json import check_path, describe
 from bar_edge.targets.torch_source.expressions import Expressions
 from bar_edge.targets.torch_source.operators import PER_AXIS
 from bar_edge.targets.torch_source.parts import IMPORTS, LOAD, PARTS, TOP, our_leaves
@@ -47,7 +47,7 @@ class _Source:
         self.modules: dict[str, dict[str, Any]] = data["modules"]
         self.tensors: dict[str, dict[str, Any]] = data["tensors"]
         for name in (*self.modules, *self.tensors):
-            _check_name(name, dotted=True)
+            check_path(name)
         #: what the constructors of the modules make
         self.own = {f"{name}.{leaf}" for name in self.modules for leaf in self._fresh(name).state_dict()}
         everything = self.own | set(self.tensors)
