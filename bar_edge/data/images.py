@@ -122,8 +122,11 @@ class UserImages:
 
     def layers(self) -> Geometry | None:
         """Return the geometry of images of other than 1 or 3 channels, from the first one, else None."""
-        image = None if isinstance(self.dataset[0][0], Image.Image) else torch.as_tensor(self.dataset[0][0])
-        if image is None or image.ndim != 3 or image.shape[0] in (1, 3):
+        try:
+            image = self.dataset[0][0]
+        except Exception:  # of the user's code: `open` says it with the item's name
+            return None
+        if not isinstance(image, (Tensor, np.ndarray)) or image.ndim != 3 or image.shape[0] in (1, 3):
             return None
         channels, height, width = image.shape
         return Geometry(channels=channels, height=height, width=width, resize=False)
