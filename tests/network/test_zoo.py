@@ -28,16 +28,7 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("noise"), small_zoo.SHAPE)
 
 
-#: what stays wrong, and why: a test that passes unexpectedly fails
-OPEN = {"attention": "linear layers whose tokens lie in front of the batch are counted by the batch of the trace"}
-
-
-def _row(name: str) -> object:
-    marks = [pytest.mark.xfail(strict=True, reason=OPEN[name])] if name in OPEN else []
-    return pytest.param(name, marks=marks)
-
-
-@pytest.mark.parametrize("name", [_row(name) for name in PRUNABLE])
+@pytest.mark.parametrize("name", PRUNABLE)
 def test_a_network_goes_through_the_five_commands(
     name: str, noise: Path, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
