@@ -32,7 +32,7 @@ def check_target(name: str, precision: str, recipe: str, on: str, max_drop: floa
         raise InputError(f"a precision out of {', '.join(PRECISIONS)}", got=precision, consequence=_NOTHING)
     if precision not in target.precisions:
         known = "; ".join(f"{row.name} in {', '.join(row.precisions)}" for row in TARGETS.values())
-        raise EnvironmentLacks(f"one of: {known}", got=f"{name} in {precision}", consequence=_NOTHING)
+        raise InputError(f"one of: {known}", got=f"{name} in {precision}", consequence=_NOTHING)
     recipes = ("auto", *(target.recipes if precision == "int8" else ()))
     if recipe not in recipes:
         required = f"--recipe {' or '.join(recipes)}, for {name} in {precision}"

@@ -127,7 +127,7 @@ def test_the_table_of_a_pretended_tensorrt(
         model_args=("width=0.25",),
         input_shape=(3, 8, 8),
         runtime="tensorrt",
-        lowering=Lowering.parse("gather:4"),
+        lowering="gather:4",
     )
     assert calls == [(8, True), (8, False)] and answer["checks"] == 8
     assert sorted(path.name for path in tmp_path.iterdir()) == ["site", "table.json", "table.svg"]

@@ -18,6 +18,7 @@ from bar_edge.latency_budget.measured_loop import ROUNDS
 from bar_edge.methods import GateLayout
 from bar_edge.models import build
 from bar_edge.network import Network, count, trace
+from bar_edge.progress import Progress
 from bar_edge.records import ChannelPlan
 from bar_edge.records.export_result import ExportResult
 from bar_edge.records.latency_table import LatencyTable
@@ -60,9 +61,11 @@ class Device:
         self.latency, self.exported = latency, list[dict[str, Any]]()
         self.noise = itertools.cycle([1.0, 1.004, 0.997])
         monkeypatch.setattr(pipeline, "export_network", self.export)
+        monkeypatch.setattr(pipeline, "_wanted", lambda request: request)
+        monkeypatch.setattr(pipeline, "_exportable", lambda pruned, *_: pruned)
         monkeypatch.setattr(pipeline, "measure", self.measure)
 
-    def export(self, pruned: Pruned, request: ExportRequest, folder: Path, **_: Any) -> ExportResult:
+    def export(self, request: ExportRequest, pruned: Pruned, folder: Path, _: Progress | None) -> ExportResult:
         by_table = pruned.result.budget.achieved
         self.exported.append({"lowering": request.lowering, "by_table": by_table})
         folder.mkdir(parents=True, exist_ok=True)

@@ -384,7 +384,7 @@ def test_the_cost_follows_the_budget_by_construction() -> None:
         train(pruner, range(step, step + 1))
         volume = count(pruner.dense, pruner.layout.plan(pruner.network.gates.opened())).volume
         shares.append((pruner.schedule.upper(step + 1) - volume) / pruner.schedule.full)
-    assert min(shares) >= 0 and max(shares) <= 0.1
+    assert min(shares) >= 0 and max(shares) <= 0.2  # a branch of this small network is 19 % of its volume
     assert pruner.finish()[2]["forced"] == 0
 
 

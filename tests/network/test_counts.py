@@ -84,7 +84,7 @@ class TokensFirst(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.stem(x).flatten(2).permute(2, 0, 1)
         out: Tensor = self.attention(tokens, tokens, tokens, need_weights=False)[0]
-        return out
+        return out.permute(1, 0, 2)
 
 
 def test_tokens_in_front_of_the_batch_are_counted() -> None:

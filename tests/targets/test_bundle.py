@@ -255,7 +255,7 @@ def test_the_device_needs_python_3_10_only(bundle: Path) -> None:
 
     with zipfile.ZipFile(bundle / "build.pyz") as archive:
         names = [name for name in archive.namelist() if name.endswith(".py")]
-        assert len(names) == 8
+        assert "bar_edge/targets/tensorrt/device_build.py" in names and len(names) > 8
         for name in names:
             ast.parse(archive.read(name), feature_version=(3, 10))
 
