@@ -271,7 +271,6 @@ WRITTEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
     'F.interpolate(x, size=(5, 7), mode="bicubic")': lambda s, x: F.interpolate(x, (5, 7), mode="bicubic"),
     "x.clamp(max=1)": lambda s, x: x.clamp(max=1),
     "x.clamp(0, 1)": lambda s, x: x.clamp(0, 1),
-    "torch.zeros((batch, 3), device=device)": lambda s, x: torch.zeros(x.shape[0], 3),
     "x.new_zeros((batch, 2))": lambda s, x: x.new_zeros(x.shape[0], 2),
     "F.scaled_dot_product_attention(x, x, x)": lambda s, x: F.scaled_dot_product_attention(x, x, x),
     "torch.ops.aten.logsumexp.default(x, (2, 3))": lambda s, x: x.logsumexp((2, 3)),
