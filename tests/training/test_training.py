@@ -192,6 +192,9 @@ def test_every_epoch_of_every_phase_draws_its_own_order(tmp_path):
     data, drawn = source(), []
 
     class Watched:
+        def __len__(self):
+            return len(data.fit)
+
         def n_batches(self, *args, **options):
             return data.fit.n_batches(*args, **options)
 
@@ -261,6 +264,9 @@ def test_keyboard_interrupt_inside_an_epoch(tmp_path, whole):
     data = source()
 
     class Interrupted:
+        def __len__(self):
+            return len(data.fit)
+
         calls = 0
 
         def __getattr__(self, name):
