@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from tests.test_latency import made_up
 from torch import Tensor, nn
 
 from bar_edge.config import TrainConfig
@@ -14,6 +13,7 @@ from bar_edge.methods.gating.projection import project, protected_gates
 from bar_edge.models import build
 from bar_edge.network import Network, count, trace
 from bar_edge.records import Metric
+from tests.latency_budget.test_latency import made_up
 
 
 def traced(name: str, width: float, side: int = 8) -> Network:
