@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
+from bar_edge.files import write_json
 from bar_edge.methods import GateLayout, smallest_cost
 from bar_edge.methods.gating.projection import project
 from bar_edge.models import build
 from bar_edge.network import trace
-from bar_edge.records import Metric, write_json
+from bar_edge.records import Metric
 
 RESULTS = Path(__file__).parent / "results" / "budget_used.json"
 METRICS: tuple[Metric, ...] = ("volume", "flops", "params")
