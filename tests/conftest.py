@@ -1,14 +1,25 @@
 """What all tests share."""
 
+from __future__ import annotations
+
 import os
 
 # before torch is imported anywhere: two workers on two cores are faster with a thread each, and runs repeat exactly
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bar_edge.methods import GateLayout
+    from bar_edge.records import Metric
+
+#: what `rehearsed_once` need not rehearse again
+REHEARSED = set[tuple[object, ...]]()
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -25,6 +36,24 @@ def cifar10() -> Path:
     if not folder.is_dir():
         pytest.skip("no CIFAR-10: set BAR_EDGE_CIFAR10 to a folder that holds it as Parquet")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def rehearsed_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rehearse a network and a budget once per process: most tests prune the same few; its own tests always do."""
+    from bar_edge.runs import run_folder
+
+    if request.path.name == "test_rehearsal.py":
+        return
+    rehearse = run_folder.rehearse
+
+    def once(layout: GateLayout, metric: Metric, limit: float, images: Tensor) -> None:
+        key = (layout.network.fingerprint, layout.round_to, tuple(layout.keep), metric)
+        if key not in REHEARSED:
+            rehearse(layout, metric, limit, images)
+            REHEARSED.add(key)
+
+    monkeypatch.setattr(run_folder, "rehearse", once)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

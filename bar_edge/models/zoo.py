@@ -22,6 +22,7 @@ Shape = tuple[int, ...]
 
 #: name -> factory(input_shape=, classes=, width=); any wrn-D-K is known besides
 ZOO: dict[str, Callable[..., nn.Module]] = {
+    "resnet8": functools.partial(cifar_resnet, 8),
     "resnet20": functools.partial(cifar_resnet, 20),
     "resnet32": functools.partial(cifar_resnet, 32),
     "resnet44": functools.partial(cifar_resnet, 44),

@@ -110,7 +110,8 @@ def test_the_table_of_a_pretended_tensorrt(
     monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
     monkeypatch.setenv("FAKE_WORLD", json.dumps({"version": "10.16"}))
     monkeypatch.setattr(profiling, "CHECK_S", 0.02)
-    monkeypatch.setattr(profiling, "ENGINES", 8)
+    monkeypatch.setattr(profiling, "SHARES", (1.0, 0.5, 0.2))
+    monkeypatch.setattr(profiling, "ENGINES", 6)
     calls: list[tuple[int, bool]] = []
 
     def noted(files: list[Path], **options):
@@ -123,17 +124,17 @@ def test_the_table_of_a_pretended_tensorrt(
     monkeypatch.setattr(profiling, "bench_onnx", noted)
     monkeypatch.setattr("bar_edge.runs.door.import_tensorrt", lambda: None)  # the stand-in is another process's
     answer = profile(
-        "resnet20",
+        "resnet8",
         out=tmp_path / "table.json",
         model_args=("width=0.25",),
         input_shape=(3, 8, 8),
         runtime="tensorrt",
         lowering="gather:4",
     )
-    assert calls == [(8, True), (8, False)] and answer["checks"] == 8
+    assert calls == [(6, True), (3, False)] and answer["checks"] == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["site", "table.json", "table.svg"]
     table = LatencyTable.load(tmp_path / "table.json")
-    assert table.environment["runtime"] == "tensorrt" and table.model == "resnet20"
+    assert table.environment["runtime"] == "tensorrt" and table.model == "resnet8"
     for shape, width in (((8, 8), 4), ((4, 4), 8), ((2, 2), 16)):
         kind, n = Kind(op="conv", kernel=(3, 3), shape=shape), width
         expected = LAYER_MS + MULTIPLICATION_MS * 9 * n * n * np.prod(shape)

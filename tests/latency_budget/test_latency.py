@@ -260,7 +260,7 @@ def test_steps_are_found(step: int) -> None:
 def test_fit_finds_scale_and_constant(network: Network, table: LatencyTable) -> None:
     layout = GateLayout(network, table=table)
     full = layout.cost({}, "ms")
-    plans = [random_plan(layout, "ms", share * full, seed) for seed, share in enumerate((0.9, 0.7, 0.5, 0.3, 0.2, 0.1))]
+    plans = [random_plan(layout, "ms", share * full, seed) for seed, share in enumerate((0.9, 0.5, 0.2))]
     measured = [(plan, 1.3 * layout.cost(plan.kept, "ms") + 0.05) for plan in plans]
     fitted = fit(table, network, measured)
     again = GateLayout(network, table=fitted)
@@ -275,7 +275,7 @@ def test_a_lowering_whose_layers_have_no_prices_alone_is_refused_at_once(
     network: Network, tmp_path: Path, lowering: str
 ) -> None:
     with pytest.raises(InputError, match="a lowering"):
-        profiling.profile_network(network, tmp_path / "table.json", model="resnet20", lowering=Lowering.parse(lowering))
+        profiling.profile_network(network, tmp_path / "table.json", model="resnet8", lowering=Lowering.parse(lowering))
     assert not list(tmp_path.iterdir())
 
 
@@ -285,7 +285,7 @@ def test_the_faster_of_two_forms_is_profiled(monkeypatch: pytest.MonkeyPatch, fa
     monkeypatch.setattr(
         profiling, "_measured", lambda _, __, pairs: [1.0 if form == forms[faster] else 2.0 for _, form in pairs]
     )
-    network = trace(build("resnet20", input_shape=(1, 8, 8), classes=10).eval(), torch.zeros(2, 1, 8, 8))
+    network = trace(build("resnet8", input_shape=(1, 8, 8), classes=10).eval(), torch.zeros(2, 1, 8, 8))
     assert profiling._faster(Prober(Path("unused"), lambda _: None), network, forms) == forms[faster]
 
 
@@ -345,12 +345,13 @@ def small_table(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -
     """Profile a small network with a residual connection, quickly, and return the table."""
     monkeypatch.setattr("bar_edge.latency_budget.operation_prices.SECONDS", 0.01)
     monkeypatch.setattr("bar_edge.latency_budget.profile_device.CHECK_S", 0.02)
+    monkeypatch.setattr("bar_edge.latency_budget.profile_device.SHARES", (1.0, 0.5, 0.2))
     (folder / "small.py").write_text(SMALL)
     out = folder / "table.json"
     answer = profile(f"{folder / 'small.py'}:Net", out=out, input_shape=(3, 8, 8), **options)
     table = LatencyTable.load(out)
     assert {Kind.parse(text).op for text in table.prices} == {"conv", "handover", "add", "pad", "each", "linear"}
-    assert len(table.checks) == 8 and answer["typical_error"] == table.typical_error
+    assert len(table.checks) == 3 and answer["typical_error"] == table.typical_error
     assert 0 < answer["smallest_ms"] <= answer["full_ms"]
     assert (folder / "table.svg").stat().st_size and not (folder / ".table.json.part").exists()
     return table

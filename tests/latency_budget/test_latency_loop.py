@@ -31,7 +31,7 @@ from tests.latency_budget.test_latency import made_up
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """A made-up table of resnet20 on digits, and what the whole network takes by it."""
+    """A made-up table of resnet8 on digits, and what the whole network takes by it."""
     file = tmp_path_factory.mktemp("table") / "table.json"
     table = made_up(dense())
     table.save(file)
@@ -40,8 +40,8 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
 
 @functools.cache
 def dense() -> Network:
-    """A whole resnet20 for digits."""
-    return trace(build("resnet20", input_shape=(1, 8, 8), classes=10).eval(), torch.zeros(2, 1, 8, 8))
+    """A whole resnet8 for digits."""
+    return trace(build("resnet8", input_shape=(1, 8, 8), classes=10).eval(), torch.zeros(2, 1, 8, 8))
 
 
 def read_plan(out: Path) -> ChannelPlan:
@@ -50,7 +50,7 @@ def read_plan(out: Path) -> ChannelPlan:
 
 def request(file: Path, budget_ms: float, lowering: str = "auto") -> DeployRequest:
     train = TrainConfig(dense=0, prune=0, tune=0, device="cpu")
-    pruning = PruneRequest(model="resnet20", budget=f"{budget_ms}ms", table=str(file), train=train)
+    pruning = PruneRequest(model="resnet8", budget=f"{budget_ms}ms", table=str(file), train=train)
     return DeployRequest(prune=pruning, export=ExportRequest(lowering=lowering))
 
 
@@ -222,7 +222,7 @@ def test_a_deploy_traces_once_and_reads_the_data_once(tmp_path: Path, monkeypatc
     traces = [counted(monkeypatch, specs, name) for name in ("trace", "build", "load_data")]
     device = Device(monkeypatch, lambda ms: 1.3 * ms)
     train = TrainConfig(dense=0, prune=0, tune=0, device="cpu")
-    pruning = PruneRequest(model="resnet20", budget=f"{round(0.6 * full, 3)}ms", train=train)
+    pruning = PruneRequest(model="resnet8", budget=f"{round(0.6 * full, 3)}ms", train=train)
     answer = pipeline.deploy(DeployRequest(prune=pruning), tmp_path / "run")
     assert answer["verdict"] and len(device.exported) > 1
     assert [len(calls) for calls in traces] == [1, 1, 1]

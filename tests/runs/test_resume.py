@@ -12,7 +12,7 @@ from bar_edge.progress import NoProgress
 from bar_edge.requests import PruneRequest
 
 REQUEST = PruneRequest(
-    model="resnet20",
+    model="resnet8",
     budget="4x",
     method="random",
     train=TrainConfig(dense=1, prune=1, tune=1, batch=256, precision="fp32", device="cpu"),

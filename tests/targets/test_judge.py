@@ -88,7 +88,7 @@ def row(*layers: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "two halves": two_halves,
     "two halves, negative": lambda: two_halves(-0.1),
-    "resnet20": zoo("resnet20"),
+    "resnet8": zoo("resnet8"),
     "wrn-10-1": zoo("wrn-10-1"),
     "one layer": row(lambda: nn.Conv2d(3, 8, 3)),
     "pointwise": row(lambda: nn.Conv2d(3, 32, 1), nn.ReLU, lambda: nn.Conv2d(32, 8, 1)),

@@ -39,7 +39,7 @@ from tests.targets.test_bundle import site, trtexec  # noqa: F401  fixtures
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("targets") / "run"
     train = TrainConfig(dense=1, prune=0, tune=1, batch=64, precision="fp32", device="cpu")
-    prune(PruneRequest(model="resnet20", data="digits", budget="4x", method="random", train=train), folder)
+    prune(PruneRequest(model="resnet8", data="digits", budget="4x", method="random", train=train), folder)
     return folder
 
 
@@ -101,7 +101,7 @@ def test_int8_says_what_it_costs_and_keeps_the_promise_or_not(
 def test_the_recipe_that_runs_faster_is_taken(
     monkeypatch: pytest.MonkeyPatch, first_ms: float, second_ms: float, name: str
 ) -> None:
-    network = trace(build("resnet20", input_shape=(1, 8, 8), classes=10).eval(), torch.zeros(2, 1, 8, 8))
+    network = trace(build("resnet8", input_shape=(1, 8, 8), classes=10).eval(), torch.zeros(2, 1, 8, 8))
     asked = []
 
     def bench_files(files: list[Path], **options: Any) -> list[Measurement]:
