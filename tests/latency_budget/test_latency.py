@@ -1,14 +1,17 @@
 """Latency tables: the record, what a network costs by one, and budgets in milliseconds."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
+from bar_edge.bench import Measurement
 from bar_edge.errors import InputError
 from bar_edge.latency_budget import profile_device as profiling
 from bar_edge.latency_budget.operation_prices import Prober, chain, find_step, monotone
@@ -287,6 +290,36 @@ def test_the_faster_of_two_forms_is_profiled(monkeypatch: pytest.MonkeyPatch, fa
     )
     network = trace(build("resnet8", input_shape=(1, 8, 8), classes=10).eval(), torch.zeros(2, 1, 8, 8))
     assert profiling._faster(Prober(Path("unused"), lambda _: None), network, forms) == forms[faster]
+
+
+def test_what_else_the_device_does_is_not_in_the_prices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole processes run slower by a factor: the yardstick in each shows it, and what stands out is measured again."""
+    slower = itertools.chain([1.0, 1.05, 2.0, 1.0, 1.5, 1.6, 1.4], itertools.repeat(1.0))
+    sizes: list[int] = []
+
+    def bench_onnx(files: list[Path], **_: object) -> list[Measurement]:
+        factor = next(slower)
+        sizes.append(len(files))
+        return [
+            Measurement(
+                name="made up",
+                samples_ms=(factor * len(onnx.load(str(file)).graph.node) * 0.01,) * 5,
+                warmup_runs=0,
+                batch=1,
+                environment={"threads": 2, "runtime": "made up"},
+            )
+            for file in files
+        ]
+
+    monkeypatch.setattr("bar_edge.latency_budget.operation_prices.bench_onnx", bench_onnx)
+    prober, kind = Prober(tmp_path / "part", lambda _: None), Kind.parse("conv 3x3 @8x8")
+    points = [(kind, (n, 8)) for n in range(1, 61)]
+    prober.measure(points)
+    prices = [prober.price(*point) for point in points]
+    assert prices == pytest.approx([prices[0]] * 60) and prices[0] == pytest.approx(0.01 * 2, rel=0.06)
+    assert sizes == [26] * 8  # five batches; the third was measured twice, the fourth three times
+    again = Prober(tmp_path / "part", lambda _: None)
+    assert (again.known, again.yardsticks) == (prober.known, prober.yardsticks)
 
 
 def test_a_relu_is_part_of_a_layer_and_another_activation_is_not() -> None:
