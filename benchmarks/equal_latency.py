@@ -52,6 +52,7 @@ from bar_edge.records.latency_table import LatencyTable
 from bar_edge.records.lowering import Lowering
 from bar_edge.requests import PruneRequest
 from bar_edge.runs.run_folder import Run
+from bar_edge.runs.specs import read_material
 from bar_edge.surgery import slice_network
 from bar_edge.targets.form_search import choose_lowering
 from bar_edge.targets.onnx.file import export_onnx
@@ -91,7 +92,7 @@ class Taught(Run):
 
     def __init__(self, bed: Bed, config: PruneRequest, out: Path) -> None:
         self.remembering = bed.teacher
-        super().__init__(config, out, out.exists(), Lines())
+        super().__init__(config, read_material(config), out, resume=out.exists(), progress=Lines())
 
     def teacher(self, dense: Network) -> nn.Module:
         """Return the dense network."""

@@ -52,8 +52,8 @@ def profile_network(
 ) -> LatencyTable:
     """Measure the network's operations, then a few random plans of it as whole files; write and return the table.
 
-    lowering: form of the additions in whole networks; None is the faster of the runtime's two most promising, in a
-    random plan. What was measured before a stop is not measured again; engines are built again, with what their timing
+    lowering: form of the additions in whole networks; None is the faster of the runtime's two most promising, in
+    random plans. What was measured before a stop is not measured again; engines are built again, with what their timing
     cache holds. Raises what `bench_onnx` raises, and InputError for a lowering that layers have no prices for alone.
     """
     if lowering is not None and not _has_prices(lowering):
