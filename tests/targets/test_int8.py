@@ -32,7 +32,7 @@ from bar_edge_calibration.quantize import Promise, quantize
 from bar_edge_calibration.recipe import load_recipe, read_recipe, recipes
 from tests.reference import random_kept, randomise
 
-NETWORKS = ("wrn-16-1", "resnet8")
+NETWORKS = ("wrn-16-1", "resnet20")
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +168,8 @@ def test_islands_are_seen(files, tmp_path):
     onnx.save(place(model, found.ranges("minmax"), recipe), tmp_path / "a.onnx")
     assert any("BatchNormalization" in island for island in float_islands(tmp_path / "a.onnx"))
 
-    model = prepare(onnx.load(files / "resnet8.onnx"), batchnorm_as_convolution=False)
-    found = collect(files / "resnet8.onnx", model, [images()], data="noise")
+    model = prepare(onnx.load(files / "resnet20.onnx"), batchnorm_as_convolution=False)
+    found = collect(files / "resnet20.onnx", model, [images()], data="noise")
     floats = frozenset({next(node.name for node in model.graph.node if node.name.startswith("layer2.1.conv1"))})
     onnx.save(place(model, found.ranges("minmax"), recipe, float_layers=floats), tmp_path / "b.onnx")
     bound, layer = (island.split()[0] for island in float_islands(tmp_path / "b.onnx"))
@@ -323,7 +323,7 @@ def test_a_calibration_can_be_kept(files, tmp_path):
     quantize(source, tmp_path / "int8.onnx", **options)
     assert (tmp_path / "int8.onnx").read_bytes() == quantised(files, "wrn-16-1", recipe.name, tmp_path)[0].read_bytes()
     with pytest.raises(InputError, match="one of another ONNX file"):
-        quantize(files / "resnet8.onnx", tmp_path / "int8.onnx", **options)
+        quantize(files / "resnet20.onnx", tmp_path / "int8.onnx", **options)
 
 
 def scripted(float_score, *int8_scores):
@@ -386,7 +386,7 @@ def test_the_last_rung_is_a_finetuned_network(files, tmp_path):
 
 
 def test_finetuning_brings_the_rounded_network_nearer(tmp_path):
-    name = "resnet8"
+    name = "resnet20"
     torch.manual_seed(0)
     network = folded(trace(randomise(build(name, input_shape=(3, 8, 8), classes=4)).eval(), torch.zeros(2, 3, 8, 8)))
     batches = [torch.from_numpy(images(32, seed=i)) for i in range(40)]
@@ -412,7 +412,7 @@ def test_images_that_are_gone_after_one_reading(files, tmp_path):
     promise = Promise(score=scripted(0.9, 0.9), max_drop=1.0)
     with pytest.raises(InputError, match="read more than once"):
         quantize(
-            files / "resnet8.onnx",
+            files / "resnet20.onnx",
             tmp_path / "a.onnx",
             images=iter([images()]),
             data="noise",

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from bar_edge.errors import InputError
 from bar_edge.files import write_bytes
-from bar_edge.targets.onnx.circular import without_wrap
+from bar_edge.targets.onnx.padding import without_wrap, without_zeros_before_maxpool
 from bar_edge.targets.onnx.parity import cpu_session, difference, relative
 
 #: target -> opset. 18 is the one torch's exporter is written in (others go through converters that fail on
@@ -86,6 +86,7 @@ def export_onnx(
             model = _convert(_Flat(module, preprocessing), examples, opset)
             model, _ = onnxsim.simplify(model)
             without_wrap(model)
+            without_zeros_before_maxpool(model)
             _count_axes_from_the_end(model)
             _clean(model, {"input_layout": "NCHW"[: len(shapes[0]) + 1], **(metadata or {})})
             onnx.checker.check_model(model, full_check=True)

@@ -1,4 +1,4 @@
-"""Circular padding in every runtime, and errors of loaders that name what they do not know."""
+"""Padding in every runtime, and errors of loaders that name what they do not know."""
 
 from __future__ import annotations
 
@@ -86,3 +86,32 @@ def test_a_loader_names_the_operator_that_it_does_not_know(runtime: str, operato
     with pytest.raises(InputError, match=operator) as caught:
         bench_onnx([path], runtime=runtime, seconds=0.01)
     assert ".cpp" not in caught.value.got and len(caught.value.got) < 600
+
+
+class Pooled(nn.Module):
+    """A maximum over windows whose padding is larger than all that is inside."""
+
+    def __init__(self, pads: tuple[int, ...], pool: nn.Module, *, bias: float = -3.0) -> None:
+        super().__init__()
+        self.pads, self.pool, self.bias = list(pads), pool, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(F.pad(x + self.bias, self.pads)) * 2
+
+
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [
+        (Pooled((1, 1, 1, 1), nn.MaxPool2d(3, 2)), (3, 16, 16)),
+        (Pooled((0, 1, 0, 1), nn.MaxPool2d(2, 2)), (3, 7, 7)),
+        (Pooled((1, 1, 1, 1), nn.MaxPool2d(2, 2), bias=3.0), (3, 8, 8)),
+        (Pooled((1, 1), nn.MaxPool1d(3, 2)), (3, 16)),
+        (nn.Sequential(nn.ZeroPad2d(1), nn.MaxPool2d(3, 2, padding=1)), (3, 16, 16)),
+    ],
+)
+def test_zeros_in_front_of_a_maxpool_stay_zeros(tmp_path: Path, network: nn.Module, shape: tuple[int, ...]) -> None:
+    """ONNX Runtime makes them minus infinity; seen in BiT's stem (timm's resnetv2_50x1_bit)."""
+    file, images = tmp_path / "a.onnx", torch.randn(2, *shape)
+    export_onnx(network.eval(), shape, file)
+    (found,) = cpu_session(file).run(None, {"input": images.numpy()})
+    assert difference(found, network(images).numpy())[0] < 1e-6

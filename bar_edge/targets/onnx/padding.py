@@ -1,10 +1,34 @@
-"""Circular padding as Slice and Concat: OpenVINO and TensorRT do not know Pad's mode wrap."""
+"""Paddings as every runtime computes them: circular ones in pieces, zeros in front of a MaxPool as nearly zeros."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
+
+#: the least number above 0 in float16 and in float32 alike
+NEARLY_ZERO = 2.0**-24
+
+
+def without_zeros_before_maxpool(model: onnx.ModelProto) -> None:
+    """Let every Pad of zeros that a MaxPool reads pad with 2**-24, in place.
+
+    ONNX Runtime (seen in 1.31.1) merges a Pad of zeros into the MaxPool behind it, which pads with minus infinity:
+    wrong wherever a window holds nothing but negative numbers and padding.
+    """
+    graph = model.graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    pooled = {node.input[0] for node in graph.node if node.op_type == "MaxPool"}
+    for node in graph.node:
+        if node.op_type != "Pad" or node.output[0] not in pooled or _mode(node) != "constant":
+            continue
+        value = constants.get(node.input[2], np.float32(1)) if len(node.input) > 2 and node.input[2] else np.float32(0)
+        if not np.any(value):
+            name = f"{node.output[0]}/nearly_zero"
+            graph.initializer.append(numpy_helper.from_array(np.array(NEARLY_ZERO, np.float32), name))
+            inputs = [*node.input, "", ""][:2] + [name] + list(node.input[3:])
+            del node.input[:]
+            node.input.extend(inputs)
 
 
 def without_wrap(model: onnx.ModelProto) -> None:
