@@ -14,7 +14,7 @@ from bar_edge.network import Network
 from bar_edge.training import load_task
 
 if TYPE_CHECKING:
-    from benchmarks.equal_latency import Bed
+    from benchmarks.equal_latency.bed import Bed
 
 TASK = load_task("classification")
 #: strength of the group-norm regulariser, as in Torch-Pruning's own CIFAR recipe
@@ -41,8 +41,8 @@ def tp_pruner(bed: Bed, module: nn.Module, ratio: float, kind: str) -> Any:
     make = tp.pruner.BasePruner
     if kind == "tp-l2-global":
         options |= {"global_pruning": True, "max_pruning_ratio": 0.95}
-    if kind == "tp-l2-round8":
-        options["round_to"] = 8
+    if kind.startswith("tp-l2-round"):
+        options["round_to"] = int(kind.removeprefix("tp-l2-round"))
     if kind == "tp-groupnorm":
         make, options["reg"], options["global_pruning"] = tp.pruner.GroupNormPruner, STRENGTH, True
         options["max_pruning_ratio"] = 0.95
@@ -61,20 +61,20 @@ def cut(bed: Bed, module: nn.Module, ratio: float, kind: str) -> Network:
     return bed.traced(copied)
 
 
-def torch_pruned(bed: Bed, target: float, kind: str) -> Network:
-    """Cut by Torch-Pruning at once and tune."""
+def torch_pruned(bed: Bed, share: float, kind: str) -> Network:
+    """Cut by Torch-Pruning at once."""
     module = bed.module()
-    return bed.tuned(bed.matched(lambda r: cut(bed, module, r, kind), target, 0.0, 0.95), bed.options.epochs)
+    return bed.matched(lambda ratio: cut(bed, module, ratio, kind), share, 0.0, 0.95)
 
 
-def group_norm(bed: Bed, target: float) -> Network:
-    """Train sparsely under Torch-Pruning's group norm for the epochs in which ours prunes, then cut and tune."""
-    module, epochs = bed.module(), bed.train.prune or 0
+def group_norm(bed: Bed, share: float) -> Network:
+    """Train sparsely under Torch-Pruning's group norm for the epochs in which ours prunes, then cut."""
+    module = bed.module()
     pruner = tp_pruner(bed, module, 0.5, "tp-groupnorm")
     optimizer = torch.optim.SGD(module.parameters(), lr=bed.train.rate("prune"), momentum=0.9, weight_decay=5e-4)
     module.train()
     pruner.update_regularizer()
-    for epoch in range(epochs):
+    for epoch in range(bed.options.prune):
         for images, targets in bed.data.fit.batches(bed.batch, train=True, seed=bed.seed, epoch=epoch, device="cpu"):
             with torch.autocast("cpu", torch.bfloat16):
                 outputs = module(images)
@@ -83,5 +83,4 @@ def group_norm(bed: Bed, target: float) -> Network:
             loss.backward()
             pruner.regularize(module)
             optimizer.step()
-    network = bed.matched(lambda r: cut(bed, module, r, "tp-groupnorm"), target, 0.0, 0.95)
-    return bed.tuned(network, bed.options.epochs - epochs)
+    return bed.matched(lambda ratio: cut(bed, module, ratio, "tp-groupnorm"), share, 0.0, 0.95)
