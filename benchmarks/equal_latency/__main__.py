@@ -19,7 +19,7 @@ Three stages, each resumable, network by network: cut (ours first; a rival's rat
 2 % more than ours, both measured in turn), tune (no clock is read: several seeds may run at once) and measure (each
 network in the fastest form that `choose_lowering` finds for it, then all arms of a share and the dense network in turn
 in one process). Choices are made on held-out images; test images are read once for each cell. One JSON file for each
-cell; `--stage table` prints and plots them: accuracy against cost, ours minus each arm by a paired bootstrap over the
+cell; `--stages table` prints and plots them: accuracy against cost, ours minus each arm by a paired bootstrap over the
 test images. The tp- arms need Torch-Pruning: pip install --no-deps torch-pruning==1.6.1.
 """
 
@@ -123,15 +123,15 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, default=8, help="after the dense network")
-    parser.add_argument("--prune", type=int, default=1, help="of them, in which ours prunes")
+    parser.add_argument("--prune", type=int, default=2, help="of them, in which ours prunes: by default a quarter too")
     parser.add_argument("--seconds", type=float, default=10.0, help="of choosing a form")
     parser.add_argument("--work", type=Path, default=Path("runs/equal_latency"))
-    parser.add_argument("--stage", choices=STAGES, help="the only one; all by default")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     options = parser.parse_args()
     torch.set_num_threads(1)
     (RESULTS / options.by).mkdir(parents=True, exist_ok=True)
-    stages = [options.stage] if options.stage else STAGES
-    for seed in [] if options.stage == "table" else options.seeds:
+    stages = options.stages
+    for seed in options.seeds if set(stages) - {"table"} else []:
         bed = Bed(options, seed)
         for share in options.shares:
             for arm in sorted(options.arms, key=list(ARMS).index):
