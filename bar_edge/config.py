@@ -73,12 +73,14 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     #: torch threads, 0 for torch's own choice
     threads: int = 0
+    #: a checkpoint is written after each epoch, and when the last one is older than this
+    checkpoint_minutes: float = 10.0
 
     def __post_init__(self) -> None:
         """Raise InputError for numbers with which nothing can be trained."""
         at_least(self, 0, "dense", "prune", "tune", "weight_decay", "image_size", "workers", "threads", "ema")
         at_least(self, 1, "batch")
-        above(self, 0, "lr_dense", "lr_prune", "lr_tune")
+        above(self, 0, "lr_dense", "lr_prune", "lr_tune", "checkpoint_minutes")
 
     def chosen(self, images: int) -> TrainConfig:
         """Return the same with what is None chosen for a number of training images."""

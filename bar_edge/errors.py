@@ -24,6 +24,10 @@ class InputError(BarEdgeError):
     """Bad input or usage: exit code 2."""
 
 
+class Terminated(SystemExit):
+    """A signal has ended the command: exit code 128 and its number (143 for SIGTERM, 129 for SIGHUP)."""
+
+
 class EnvironmentLacks(BarEdgeError):
     """The environment lacks something that was asked for (a package, a GPU, a host): exit code 3."""
 

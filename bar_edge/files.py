@@ -11,22 +11,45 @@ from typing import Any
 from bar_edge.errors import InputError
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write to a temporary name beside `path`, then rename: the old file stays whole until then.
 
-    Raises InputError where that cannot be done.
+    Raises InputError where that cannot be done; nothing half-written stays behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{os.getpid()}.tmp")  # short: the name itself may be as long as names can be
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # a machine that dies leaves the old file or the new one, not an empty one
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(
             f"a place to write {path.name}",
             got=error.strerror or type(error).__name__,
             consequence="no file was written",
         ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, unless it is there; raises InputError where that cannot be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            "a folder that can be written",
+            got=f"{folder.name}: {error.strerror}",
+            consequence="nothing was written",
+            remedy="choose another place",
+        ) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed processes left; only for who alone writes in the folder."""
+    for stale in folder.glob(".*.tmp"):
+        stale.unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: Any) -> None:

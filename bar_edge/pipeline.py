@@ -14,8 +14,7 @@ import torch
 from bar_edge.bench import runtimes_here
 from bar_edge.data import DataSource, check_data
 from bar_edge.data.memory import RANDOM, random_data
-from bar_edge.errors import InputError
-from bar_edge.files import read_json
+from bar_edge.files import make_folder, read_json
 from bar_edge.latency_budget.measured_loop import close_loop
 from bar_edge.latency_budget.profile_device import plot_table, profile_network
 from bar_edge.methods import GateLayout, smallest_cost
@@ -32,6 +31,7 @@ from bar_edge.report import write_report
 from bar_edge.requests import BenchRequest, DeployRequest, ExportRequest, PruneRequest
 from bar_edge.runs import door
 from bar_edge.runs.inspection import preflight
+from bar_edge.runs.lock import alone_in
 from bar_edge.runs.measure import Benched, measure, runtime_of
 from bar_edge.runs.run_folder import Pruned, Run, describe_budget, masked_parity, read_result, versions, write_result
 from bar_edge.runs.specs import (
@@ -63,8 +63,9 @@ def prune(
     Raises InputError before any training if the model, data, weights, budget or folder will not do.
     """
     door.check_prune(request, out, resume=resume)
-    run = _begin(request, out, resume=resume, bench=BenchRequest(), progress=progress)
-    return _pruned(run).result.to_json()
+    with alone_in(out):
+        run = _begin(request, out, resume=resume, bench=BenchRequest(), progress=progress)
+        return _pruned(run).result.to_json()
 
 
 def _begin(
@@ -93,10 +94,11 @@ def _begin(
 
 def _pruned(run: Run) -> Pruned:
     """Go the rest of a run's way, and write its page."""
-    if run.finished():
+    finished = run.finished()
+    if finished is not None:
         if not (run.out / PAGE).is_file():
             write_report(run.out)
-        return Pruned.load(run.out)
+        return finished
     run.progress.note(f"budget {describe_budget(run.layout, run.budget)['words']}")
     dense = run.dense()
     teacher = run.teacher(dense)
@@ -146,12 +148,7 @@ def profile(
 def _profile(
     network: Network, out: Path, model: str, bench: BenchRequest, lowering: str, progress: Progress | None
 ) -> LatencyTable:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            "a place for the table", got=f"{out.name}: {error.strerror}", remedy="choose another"
-        ) from error
+    make_folder(out.parent)
     table = profile_network(
         network,
         out,
@@ -334,6 +331,11 @@ def deploy(
     A budget in ms to train for is met by the table first, then by measuring and pruning again (measured_loop.py).
     """
     door.check_deploy(request, out, resume=resume)
+    with alone_in(out):
+        return _deployed(request, out, resume=resume, progress=progress)
+
+
+def _deployed(request: DeployRequest, out: Path, *, resume: bool, progress: Progress | None) -> dict[str, Any]:
     bench = dataclasses.replace(request.bench, runtime=request.bench.runtime or door.judge(request.export.target))
     wanted = request.export
     run = _begin(request.prune, out, resume=resume, bench=bench, lowering=wanted.lowering, progress=progress)

@@ -57,7 +57,15 @@ class MemorySplit:
         return count_batches(len(self), batch, drop_last)
 
     def batches(
-        self, batch: int, *, train: bool, seed: int, epoch: int, device: torch.device | str, augment: str = "auto"
+        self,
+        batch: int,
+        *,
+        train: bool,
+        seed: int,
+        epoch: int,
+        device: torch.device | str,
+        augment: str = "auto",
+        first: int = 0,
     ) -> Iterator[tuple[Tensor, Targets]]:
         """Yield (images, targets) on `device`; see `Split.batches`."""
         device = torch.device(device)
@@ -67,7 +75,7 @@ class MemorySplit:
         indices = (self.indices[draws.order] if train else self.indices).to(device)
         # moved once an epoch: a copy per batch would make a GPU wait
         rows, columns, flip = (t.to(device) for t in (draws.rows, draws.columns, draws.flip))
-        for number in range(self.n_batches(batch, drop_last=train)):
+        for number in range(first, self.n_batches(batch, drop_last=train)):
             part = slice(number * batch, (number + 1) * batch)
             chosen = images[indices[part]], take(targets, indices[part])
             moved, aims = augmentation.move(*chosen, rows[part], columns[part], flip[part], names)

@@ -31,15 +31,24 @@ class Split(Protocol):
         """Return how many batches one pass yields; drop_last is what training does."""
 
     def batches(
-        self, batch: int, *, train: bool, seed: int, epoch: int, device: torch.device | str, augment: str = "auto"
+        self,
+        batch: int,
+        *,
+        train: bool,
+        seed: int,
+        epoch: int,
+        device: torch.device | str,
+        augment: str = "auto",
+        first: int = 0,
     ) -> Iterator[tuple[Tensor, Targets]]:
         """Yield (images, targets) on `device`: float32 (N, C, H, W), normalised, channels last if C > 1.
 
         train: shuffled and augmented by (seed, epoch) alone, without the last partial batch unless
         the split is smaller than one; otherwise everything, in order, as it is. augment: auto (none
         unless the targets are labels), none, or a comma list out of crop, flip; masks move with their
-        images. Raises InputError for an unknown augmentation, for one that the targets cannot follow
-        (see `augment.move`) and for an image that cannot be decoded.
+        images. first: how many batches of the epoch to pass over, those before a stop. Raises InputError for
+        an unknown augmentation, for one that the targets cannot follow (see `augment.move`) and for an image
+        that cannot be decoded.
         """
 
 

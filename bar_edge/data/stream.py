@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,6 +50,13 @@ class _Decoder(Dataset[Any]):
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
+def _leave_interrupts(_: int) -> None:
+    """Leave Ctrl-C and a closed terminal to the parent, which has a step to end and a checkpoint to write."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def _unchanged(item: Any) -> Any:
     return item
 
@@ -82,7 +90,15 @@ class StreamSplit:
         return count_batches(len(self), batch, drop_last)
 
     def batches(
-        self, batch: int, *, train: bool, seed: int, epoch: int, device: torch.device | str, augment: str = "auto"
+        self,
+        batch: int,
+        *,
+        train: bool,
+        seed: int,
+        epoch: int,
+        device: torch.device | str,
+        augment: str = "auto",
+        first: int = 0,
     ) -> Iterator[tuple[Tensor, Targets]]:
         """Yield (images, targets) on `device`; see `Split.batches`."""
         device = torch.device(device)
@@ -94,7 +110,7 @@ class StreamSplit:
             # the worker crops from the larger image, so nothing is padded here
             corners = torch.rand((len(self), 2), generator=generator(seed, epoch, 1))
             names = tuple(name for name in names if name != "crop")
-        parts = [slice(n * batch, (n + 1) * batch) for n in range(self.n_batches(batch, drop_last=train))]
+        parts = [slice(n * batch, (n + 1) * batch) for n in range(first, self.n_batches(batch, drop_last=train))]
         for part, pixels in zip(parts, self._decoded(indices, corners, parts, device), strict=True):
             rows, columns, flip = (t[part].to(device) for t in (draws.rows, draws.columns, draws.flip))
             targets = each(lambda t: t.to(device), take(self.targets, indices[part]))
@@ -114,6 +130,7 @@ class StreamSplit:
             num_workers=self.workers,
             prefetch_factor=_AHEAD if self.workers else None,
             collate_fn=_unchanged,
+            worker_init_fn=_leave_interrupts,
             pin_memory=device.type == "cuda",
             # fork shares what is in memory with the workers instead of sending it
             multiprocessing_context=multiprocessing.get_context("fork") if self.workers else None,

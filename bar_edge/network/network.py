@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
 from bar_edge.errors import InputError
-from bar_edge.files import read_json, write_json
+from bar_edge.files import make_folder, read_json, write_bytes, write_json
 from bar_edge.network.graph_json import FORMAT, describe, dtype_named, rebuild, tie, without_aliases
 
 if TYPE_CHECKING:
@@ -98,12 +98,10 @@ class Network(nn.Module):
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
-        """Write network.json and weights.safetensors; the weights are renamed into place first."""
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / ".weights.safetensors.tmp"
+        """Write network.json and weights.safetensors, the weights first; raises InputError where that cannot be."""
+        make_folder(folder)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.body.state_dict().items()}
-        save_file(without_aliases(tensors), temporary)
-        temporary.replace(folder / "weights.safetensors")
+        write_bytes(folder / "weights.safetensors", save(without_aliases(tensors)))
         write_json(folder / "network.json", describe(self.body, self.input_shapes, self.out_spec))
 
     @classmethod

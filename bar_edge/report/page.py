@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from bar_edge.errors import InputError
+from bar_edge.files import write_bytes
 from bar_edge.records import COSTS, Latency
 from bar_edge.records.cost import write_cost
 from bar_edge.report import plots
@@ -212,12 +211,5 @@ def _render(template: str, context: Mapping[str, Any], out: Path) -> Path:
     environment.filters |= {"number": _number, "percent": _percent, "cost": _cost, "words": _words}
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     text = environment.get_template(template).render(style=Markup(re.sub(r"\s+", " ", style)), **context)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(out)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        reason = error.strerror or type(error).__name__
-        raise InputError(f"a place to write {out.name}", got=reason, consequence="no page was written") from error
+    write_bytes(out, text.encode())
     return out

@@ -7,19 +7,20 @@ import dataclasses
 import importlib.metadata
 import itertools
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from bar_edge.config import PHASES, TrainConfig, to_toml
+from bar_edge.config import PHASES, TrainConfig, read_toml, to_toml
 from bar_edge.data import Split
 from bar_edge.data.source import Targets
 from bar_edge.errors import InputError
-from bar_edge.files import read_json, write_json
+from bar_edge.files import make_folder, read_json, write_bytes, write_json
 from bar_edge.lowering.widen import regular_form
 from bar_edge.methods import GateLayout, budget_limit
 from bar_edge.methods.distillation import soft_cross_entropy
@@ -38,13 +39,14 @@ from bar_edge.records.result import (
     Result,
     Side,
 )
-from bar_edge.requests import PruneRequest, anchored
+from bar_edge.requests import PruneRequest, anchored, prune_request
 from bar_edge.runs.rehearsal import rehearse, rehearse_task, two
 from bar_edge.runs.specs import Material, portable, sample_images, with_weights
 from bar_edge.surgery import masked_outputs, relative_difference, slice_network
 from bar_edge.training import Distills, Journal, Phase, evaluate, train
 from bar_edge_calibration import reestimate_batchnorm
 
+T = TypeVar("T")
 STATISTICS_BATCHES = 50
 
 
@@ -72,17 +74,30 @@ class Run:
             rehearse_task(self.network, self.task, self.data, config.train)
             rehearse(self.layout, self.budget.metric, self.limit, two(self.data.held_out)[0])
         _prepare_folder(out, config)
-        self.journal = Journal(out, resume=resume)
+        self.journal = Journal(out, resume=resume, note=progress.note)
 
-    def finished(self) -> bool:
-        """Tell whether the folder holds a result of this configuration."""
-        return (self.out / "result.json").is_file()
+    def finished(self) -> Pruned | None:
+        """Return what the folder holds of a finished run of this configuration, None if there is none."""
+        return self._whole(self.out / "result.json", lambda: Pruned.load(self.out))
+
+    def _whole(self, file: Path, load: Callable[[], T]) -> T | None:
+        """Return what a finished stage left, None if it left no file yet or, which is noted, a damaged one."""
+        if not file.is_file():
+            return None
+        try:
+            return load()
+        except InputError as error:
+            self.progress.note(
+                f"{file.relative_to(self.out)} or what belongs to it is damaged: made anew ({error.got})"
+            )
+            return None
 
     def dense(self) -> Network:
         """Return the trained dense network, RUN/dense; given weights are not trained again."""
         folder = self.out / "dense"
-        if is_network_folder(folder):
-            return Network.load(folder)
+        kept = self._whole(folder / "network.json", lambda: Network.load(folder))
+        if kept is not None:
+            return kept
         network = copy.deepcopy(self.network)
         if not self.config.weights:
             self._train(network, "dense")
@@ -98,10 +113,9 @@ class Run:
     def pruned(self, dense: Network, teacher: nn.Module) -> tuple[Network, ChannelPlan, int]:
         """Return the sliced network before fine-tuning, its plan and how many gates the projection closed."""
         folder, plan_file = self.out / "checkpoints" / "sliced", self.out / "plan.json"
-        if plan_file.is_file():
-            state = read_json(folder / "state.json")
-            self.parity = float(state["parity"])
-            return Network.load(folder), ChannelPlan.from_json(read_json(plan_file)), int(state["forced"])
+        kept = self._whole(plan_file, lambda: self._read_pruned(folder, plan_file))
+        if kept is not None:
+            return kept
         scored = self._scored(dense, teacher)
         plan, forced = plan_within(self.layout_of(scored.network), scored, self.budget.metric, self.limit)
         sliced = self._sliced(scored.network, plan, teacher)
@@ -109,6 +123,15 @@ class Run:
         write_json(folder / "state.json", {"parity": self.parity, "forced": forced})
         write_json(plan_file, plan.to_json())
         return sliced, plan, forced
+
+    def _read_pruned(self, folder: Path, plan_file: Path) -> tuple[Network, ChannelPlan, int]:
+        """Read what `pruned` left; raises InputError if it is damaged."""
+        state = read_json(folder / "state.json")
+        try:
+            self.parity, forced = float(state["parity"]), int(state["forced"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError("the parity and the forced gates", got=type(error).__name__) from error
+        return Network.load(folder), ChannelPlan.from_json(read_json(plan_file)), forced
 
     def corrected(self, limit: float) -> tuple[Network, ChannelPlan, int]:
         """Project the scores that training left onto another limit in ms, slice, fine-tune for a third of the epochs.
@@ -128,14 +151,13 @@ class Run:
     def _scored(self, dense: Network, teacher: nn.Module) -> Scored:
         """Return what the method leaves; from checkpoints/, if it has been done."""
         file, folder = self.out / "checkpoints" / "gates.safetensors", self.out / "checkpoints" / "folded"
-        if file.is_file():
-            gates = load_file(file)
-            network, forced = Network.load(folder), int(gates.get("forced", 0))
-            return Scored(network=network, scores=gates["scores"], opened=gates.get("opened"), forced=forced)
+        kept = self._whole(file, lambda: _read_scored(file, folder))
+        if kept is not None:
+            return kept
         scored = self.method.score(dense, self._context(dense, teacher))
         scored.network.save(folder)
         left = {"scores": scored.scores, "opened": scored.opened, "forced": torch.tensor(scored.forced)}
-        save_file({name: value.cpu() for name, value in left.items() if value is not None}, file)
+        write_bytes(file, save({name: value.cpu() for name, value in left.items() if value is not None}))
         return scored
 
     def _context(self, dense: Network, teacher: nn.Module) -> Context:
@@ -288,6 +310,16 @@ class Pruned:
         )
 
 
+def _read_scored(file: Path, folder: Path) -> Scored:
+    """Read what a method left; raises InputError if it is damaged."""
+    try:
+        gates = load_file(file)
+        scores, forced = gates["scores"], int(gates.get("forced", 0))
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise InputError("the scores of a method", got=type(error).__name__) from error
+    return Scored(network=Network.load(folder), scores=scores, opened=gates.get("opened"), forced=forced)
+
+
 def read_result(folder: Path) -> Result:
     """Return the result of a RUN folder; raises InputError if its file is none."""
     return Result.from_json(read_json(folder / "result.json"))
@@ -315,26 +347,19 @@ def _layer_results(dense: Network, plan: ChannelPlan) -> tuple[LayerResult, ...]
 
 def _prepare_folder(out: Path, config: PruneRequest) -> None:
     """Make the RUN folder; refuses to resume a run with other options."""
-    file, toml = out / "config.toml", to_toml(anchored(config, out))
-    if file.is_file():
-        # runs of before kept paths as seen from where they were started
-        if file.read_text(encoding="utf-8") not in (toml, to_toml(config)):
-            raise InputError(
-                "the options of the run that was stopped",
-                got=f"options that differ from {out.name}/config.toml",
-                consequence="nothing was started, the earlier run is intact",
-                remedy=f"give the same options, or --config {out.name}/config.toml",
-            )
+    file, here = out / "config.toml", anchored(config, out)
+    if not file.is_file():
+        make_folder(out)
+        write_bytes(file, to_toml(here).encode())
         return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        temporary = out / ".config.toml.tmp"
-        temporary.write_text(toml, encoding="utf-8")
-        temporary.replace(file)
-    except OSError as error:
+    # runs of before kept paths as seen from where they were started
+    if prune_request(read_toml(file)) not in (here, config):
         raise InputError(
-            "a folder that can be written", got=f"{out.name}: {error.strerror}", remedy="choose another --out"
-        ) from error
+            "the options of the run that was stopped",
+            got=f"options that differ from {out.name}/config.toml",
+            consequence="nothing was started, the earlier run is intact",
+            remedy=f"give the same options, or --config {out.name}/config.toml",
+        )
 
 
 def masked_parity(folded: Network, plan: ChannelPlan, sliced: Network, images: Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import time
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from bar_edge.progress import NoProgress, Progress, Record
 from bar_edge.training.hardware import choose_device, choose_precision, make_fabric
 from bar_edge.training.journal import Journal
 from bar_edge.training.optimizers import MovingAverage, Phase, learning_rate, make_optimizer
+from bar_edge.training.stopping import Stop, generator_states, restore_generators, stop_between_steps
 from bar_edge.training.tasks import Distills, Task
 
 #: steps from one line of metrics.jsonl to the next; only there does the host wait for the device
@@ -63,8 +65,9 @@ def train(
 
     teacher: distilled from if the task can (progress is told if not); a pruner brings its own instead. pruner:
     `network` is its gated network then, and no moving average is kept, since weights and gates only fit together
-    as they are. journal: where metrics and one checkpoint per epoch go; a phase that it knows goes on where it
-    stopped, a finished one is only loaded. 0 epochs change nothing. Raises InputError if the loss stops being
+    as they are. journal: where metrics and checkpoints go, one per epoch and every `checkpoint_minutes`; a phase
+    that it knows goes on where it stopped, a finished one is only loaded. A signal that would end the process does
+    so after the step, when the journal has it. 0 epochs change nothing. Raises InputError if the loss stops being
     finite, if nothing is trainable, or if a checkpoint belongs to another run.
     """
     config = config.chosen(len(data.fit))
@@ -108,45 +111,76 @@ class _Training:
             self.progress.note(f"{phase} without distillation: the task {task.metric_name} has no `distill`")
         self.teacher = self.fabric.setup_module(teacher.eval()) if teacher is not None and distills else None
         self.ema = MovingAverage(network, config.ema) if config.ema and pruner is None else None
+        # of the epoch that is on its way: steps done; sums of (loss, data loss) since the last line, over so many steps
+        self.step, self.sums, self.since = 0, torch.zeros(2, device=self.device), 0
+        self.generators: dict[str, Any] | None = None
+        self.kept = time.monotonic()
 
     def run(self) -> None:
-        """Train the epochs that the journal does not hold yet."""
+        """Train what the journal does not hold yet."""
         first = self._resume()
         if first < self.epochs:
             self.progress.phase(self.phase, self.epochs, self.epochs * self.steps_per_epoch)
             if self.journal is not None:
                 self.journal.rewind()
-            for epoch in range(first, self.epochs):
-                self._train_epoch(epoch)
-                if self.journal is not None:
-                    self.journal.save(self.phase, self._state(epoch + 1))
+            with stop_between_steps() as stop:
+                for epoch in range(first, self.epochs):
+                    self._train_epoch(epoch, stop)
+                    if stop.signal is not None:
+                        break
             self.progress.done()
         if self.ema is not None:
             self.ema.swap()
         self.network.eval()
 
-    def _train_epoch(self, epoch: int) -> None:
-        # seeding every epoch anew is what lets a resumed run draw the same numbers without storing any state
+    def _train_epoch(self, epoch: int, stop: Stop) -> None:
+        # seeding every epoch anew: only one that was stopped within needs the states of the generators
         seed_everything(_derived_seed(self.seed, self.phase, epoch), verbose=False)
+        if self.generators is not None:
+            restore_generators(self.generators, self.device)
+            self.generators = None
         self.model.train()
-        sums, since = torch.zeros(2, device=self.device), 0
         order_seed = _derived_seed(self.seed, self.phase)
         batches = self.data.fit.batches(
-            self.batch, train=True, seed=order_seed, epoch=epoch, device=self.device, augment=self.config.augment
+            self.batch,
+            train=True,
+            seed=order_seed,
+            epoch=epoch,
+            device=self.device,
+            augment=self.config.augment,
+            **({"first": self.step} if self.step else {}),  # a user's own split need not know it
         )
-        for done, (images, targets) in enumerate(batches, start=1):
-            step = epoch * self.steps_per_epoch + done
-            sums += self._step(step - 1, images, targets)
-            since += 1
-            if done == self.steps_per_epoch or since == LOG_STRIDE:
-                record = self._record(epoch, step, (sums / since).tolist())
-                if done == self.steps_per_epoch:
-                    record["metric"] = self._held_out()
-                    self.progress.epoch(record)
-                self.progress.step(record)
-                if self.journal is not None:
-                    self.journal.append(record)
-                sums, since = torch.zeros(2, device=self.device), 0
+        for images, targets in batches:
+            self.step += 1
+            self.sums += self._step(epoch * self.steps_per_epoch + self.step - 1, images, targets)
+            self.since += 1
+            if self.step == self.steps_per_epoch or self.since == LOG_STRIDE:
+                self._log(epoch)
+            if self.step == self.steps_per_epoch:
+                self.step = 0
+                self._keep(epoch + 1)
+            elif stop.signal is not None or time.monotonic() - self.kept > 60 * self.config.checkpoint_minutes:
+                self._keep(epoch)
+            if stop.signal is not None:
+                return
+
+    def _log(self, epoch: int) -> None:
+        """Tell the progress and the journal of the steps since the last time."""
+        done = self.step == self.steps_per_epoch
+        record = self._record(epoch, epoch * self.steps_per_epoch + self.step, (self.sums / self.since).tolist())
+        if done:
+            record["metric"] = self._held_out()
+            self.progress.epoch(record)
+        self.progress.step(record)
+        if self.journal is not None:
+            self.journal.append(record)
+        self.sums, self.since = torch.zeros(2, device=self.device), 0
+
+    def _keep(self, epochs_done: int) -> None:
+        """Write a checkpoint."""
+        if self.journal is not None:
+            self.journal.save(self.phase, self._state(epochs_done))
+        self.kept = time.monotonic()
 
     def _step(self, step: int, images: Tensor, targets: Targets) -> Tensor:
         """Do one step of the weights (and gates); return (loss, data loss) `(2,)`, on the device."""
@@ -226,6 +260,11 @@ class _Training:
             "optimizer": self.raw_optimizer.state_dict(),
             "ema": None if self.ema is None else self.ema.average,
             "pruner": None if self.pruner is None else self.pruner.state_dict(),
+            # of an epoch that was stopped within: how far it is, and the losses that no line tells of yet
+            "step": self.step,
+            "generators": generator_states(self.device) if self.step else None,
+            "sums": self.sums.cpu(),
+            "since": self.since,
         }
 
     def _resume(self) -> int:
@@ -246,6 +285,8 @@ class _Training:
                 got=str(error),
                 remedy="give the same model, or start without --resume",
             ) from error
+        self.step, self.since, self.generators = int(state["step"]), int(state["since"]), state["generators"]
+        self.sums = state["sums"].to(self.device)
         return int(state["epochs_done"])
 
 

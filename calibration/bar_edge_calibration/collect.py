@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
-import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from bar_edge.errors import InputError
-from bar_edge.files import file_hash
+from bar_edge.files import file_hash, write_bytes
 from bar_edge_calibration.graph import Graph
 from bar_edge_calibration.histogram import Histogram
 from bar_edge_calibration.place import observed
@@ -79,10 +79,9 @@ class Calibration:
         }
         arrays: dict[str, Any] = {f"counts_{i}": h.counts for i, h in enumerate(self.histograms.values())}
         arrays |= {f"sums_{i}": total for i, total in enumerate(self.sums.values())}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as stream:
-            np.savez_compressed(stream, **arrays, description=np.array(json.dumps(described)))
-        temporary.replace(path)
+        stream = io.BytesIO()
+        np.savez_compressed(stream, **arrays, description=np.array(json.dumps(described)))
+        write_bytes(path, stream.getbuffer())
 
     @classmethod
     def load(cls, path: Path) -> Calibration:

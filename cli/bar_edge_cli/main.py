@@ -6,21 +6,29 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any, TextIO
 
 import typer
 
-from bar_edge.errors import BarEdgeError
+from bar_edge.errors import BarEdgeError, EnvironmentLacks, Terminated
 from bar_edge_cli.commands import app
 
 INTERRUPTED = 130
 #: an error of ours (EX_SOFTWARE)
 BUG = 70
 #: errors of the file system that a user can mend; any other OSError is a bug of ours
-_USERS_OSERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
+_USERS_OSERRORS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE),
+}
+#: in what torch, CUDA and ONNX Runtime say when memory is short
+_NO_MEMORY = ("out of memory", "can't allocate memory", "Failed to allocate memory", "bad_alloc")
 
 
 def run() -> None:
@@ -31,12 +39,14 @@ def run() -> None:
 def main(argv: Sequence[str]) -> int:
     """Run one command and return its exit code: 0 yes, 1 no (the verdict), 2 input, 3 environment, 70 a bug.
 
-    130 is an interruption.
+    128 and the number of a signal that ended it: 130 is Ctrl-C, 143 SIGTERM, 129 SIGHUP.
     """
+    _raise_on_signals()
     # read here and not from the parser, so that they also hold for what goes wrong while parsing
     as_json, debug = "--json" in argv, "--debug" in argv
     with _own_stdout(as_json) as out:
         try:
+            _check_alone()
             answer = typer.main.get_command(app)(list(argv), prog_name="bar-edge", standalone_mode=False)
             if answer == INTERRUPTED:  # typer caught it
                 raise KeyboardInterrupt
@@ -55,6 +65,9 @@ def main(argv: Sequence[str]) -> int:
         except (KeyboardInterrupt, typer.Abort):
             print("interrupted", file=sys.stderr)
             return INTERRUPTED
+        except Terminated as error:
+            print("terminated", file=sys.stderr)
+            return int(str(error.code))
         except Exception as error:
             if debug:
                 traceback.print_exc()
@@ -64,6 +77,30 @@ def main(argv: Sequence[str]) -> int:
             if as_json:
                 _write({"error": lines, "exit_code": code}, out)
             return code
+
+
+def _raise_on_signals() -> None:
+    """Let the signals of schedulers and closed terminals unwind the command, so that it leaves nothing half-written."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise Terminated(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # what is ignored, as under nohup, stays so
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, end)
+
+
+def _check_alone() -> None:
+    """Raise EnvironmentLacks under torchrun with several processes, which would all do the same work."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise EnvironmentLacks(
+            "one process: bar-edge does not train on several yet",
+            got=f"torchrun with {os.environ['WORLD_SIZE']} processes",
+            consequence="nothing was started",
+            remedy="start bar-edge without torchrun",
+        )
 
 
 def _explain(error: Exception) -> tuple[int, dict[str, str]]:
@@ -76,10 +113,14 @@ def _explain(error: Exception) -> tuple[int, dict[str, str]]:
         return 3, {"required": f"the Python package {error.name}", "got": str(error), "remedy": "install it with pip"}
     if isinstance(error, OSError) and error.errno in _USERS_OSERRORS:
         return 2, {"required": "files and folders that can be read and written", "got": str(error)}
-    if isinstance(error, MemoryError):
-        return 3, {"required": "enough memory", "got": str(error) or "MemoryError", "remedy": "use a smaller --batch"}
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+        return 3, {"required": "enough memory", "got": _first_line(error), "remedy": "use a smaller --batch"}
     bug = f"{type(error).__name__}: {error}"
     return BUG, {"bug in bar-edge": bug, "remedy": "run again with --debug and report what it prints"}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _write(answer: dict[str, Any], out: TextIO) -> None:
@@ -102,3 +143,7 @@ def _own_stdout(wanted: bool) -> Iterator[TextIO]:
         finally:
             out.flush()
             os.dup2(out.fileno(), 1)
+
+
+if __name__ == "__main__":
+    run()

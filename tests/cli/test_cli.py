@@ -4,6 +4,7 @@ import inspect
 import io
 import json
 import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 
 import bar_edge
 from bar_edge.config import PRESETS, TrainConfig, to_toml
-from bar_edge.errors import EnvironmentLacks, InputError
+from bar_edge.errors import EnvironmentLacks, InputError, Terminated
 from bar_edge.requests import BenchRequest, DeployRequest, ExportRequest, PruneRequest, fields
 from bar_edge_cli import options, show
 from bar_edge_cli.commands import app
@@ -322,7 +323,14 @@ def raising(error):
         (OSError(28, "No space left on device"), 2, "No space left on device"),
         (ZeroDivisionError("division by zero"), 70, "bug in bar-edge: ZeroDivisionError: division by zero"),
         (FileNotFoundError(2, "No such file"), 70, "bug in bar-edge: FileNotFoundError"),
+        (OSError(36, "File name too long"), 2, "File name too long"),
+        (FileExistsError(17, "File exists", "checkpoints"), 2, "File exists"),
+        (MemoryError(), 3, "got: MemoryError\n"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 3, "required: enough memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), 3, "Tried to allocate 2 GiB\nremedy"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (Terminated(143), 143, "terminated\n"),
+        (Terminated(129), 129, "terminated\n"),
     ],
 )
 def test_errors_are_lines_and_exit_codes(pipeline, capfd, error, code, said):
@@ -331,6 +339,23 @@ def test_errors_are_lines_and_exit_codes(pipeline, capfd, error, code, said):
     captured = capfd.readouterr()
     assert said in captured.err and "Traceback" not in captured.err
     assert captured.out == ""
+
+
+def test_torchrun_is_refused_in_words(pipeline, capfd, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(["doctor"]) == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["doctor"]) == 3
+    assert "torchrun with 2 processes" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["bar_edge_cli", "bar_edge_cli.main"])
+def test_as_a_module(module, repository):
+    roots = os.pathsep.join(str(repository / name) for name in (".", "cli", "kernels", "calibration"))
+    command = [sys.executable, "-m", module, "no-such-command"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": roots}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "no-such-command" in done.stderr
 
 
 def test_debug_shows_the_traceback(pipeline, capfd):

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import fx, nn
 
 from bar_edge.errors import InputError
-from bar_edge.files import write_bytes
+from bar_edge.files import make_folder, write_bytes
 from bar_edge.network import Network, leaves
 from bar_edge.network.graph_json import check_path, describe
 from bar_edge.targets.torch_source.expressions import Expressions
@@ -30,7 +30,7 @@ def write_torch_source(network: Network, folder: Path) -> Path:
     """
     source = _Source(network)
     text = source.text()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path, weights = folder / "model.py", folder / "model.safetensors"
     state = network.body.state_dict()
     write_bytes(weights, save({name: state[name].detach().cpu().contiguous().clone() for name in source.state}))
