@@ -26,7 +26,7 @@ from bar_edge.records import Budget, ChannelPlan
 from bar_edge.records.export_result import ExportResult
 from bar_edge.records.latency_table import LatencyTable
 from bar_edge.records.lowering import Lowering
-from bar_edge.records.result import PARITY_LIMIT
+from bar_edge.records.tolerance import PARITY_LIMIT
 from bar_edge.report import write_report
 from bar_edge.requests import BenchRequest, DeployRequest, ExportRequest, PruneRequest
 from bar_edge.runs import door

@@ -9,9 +9,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from bar_edge.network.network import Network
-
-#: of the largest value: by how much the same image may answer otherwise beside another one, by rounding
-TOLERANCE = 1e-3
+from bar_edge.records.tolerance import TRACE_TOLERANCE
 
 
 def mixing_node(network: Network) -> fx.Node | None:
@@ -55,7 +53,7 @@ def _answers(network: Network, seed: int) -> dict[fx.Node, list[Tensor]]:
 def _differ(one: list[Tensor], other: list[Tensor]) -> bool:
     """Tell whether two lists of tensors differ by more than rounding."""
     return not all(
-        torch.allclose(a, b, rtol=0, atol=TOLERANCE * float(a.abs().max()), equal_nan=True)
+        torch.allclose(a, b, rtol=0, atol=TRACE_TOLERANCE * float(a.abs().max()), equal_nan=True)
         for a, b in zip(one, other, strict=True)
         if a.numel() and a.is_floating_point()
     )

@@ -8,10 +8,8 @@ from typing import Any
 
 from bar_edge.records.counts import Counts
 from bar_edge.records.json_data import json_data, read_record
+from bar_edge.records.tolerance import PARITY_LIMIT
 from bar_edge.records.verdict import Verdict, keeps_metric
-
-#: masked against sliced on real images, in float64
-PARITY_LIMIT = 1e-9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-#: percentage points that are no drop: the last bits of shares of images
-DROP_TOLERANCE = 1e-7
+from bar_edge.records.tolerance import DROP_TOLERANCE
 
 
 def keeps_metric(drop_points: float, max_drop: float | None) -> bool:

@@ -22,10 +22,9 @@ from bar_edge.network import Network
 from bar_edge.network.trace import source_line
 from bar_edge.records import ChannelPlan, Metric
 from bar_edge.records.lowering import Lowering
-from bar_edge.records.result import PARITY_LIMIT
+from bar_edge.records.tolerance import PARITY_LIMIT, TOLERANCES
 from bar_edge.surgery import masked_outputs, relative_difference, slice_network
 from bar_edge.targets.onnx.file import export_onnx, parity_onnx
-from bar_edge.targets.onnx.parity import TOLERANCES
 from bar_edge.training import Task, choose_device, choose_precision
 from bar_edge.training.tasks import Checks
 

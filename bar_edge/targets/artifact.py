@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from bar_edge.errors import InputError
 from bar_edge.files import file_hash, write_json
 from bar_edge.records import ChannelPlan
+from bar_edge.records.tolerance import TOLERANCES
 from bar_edge.targets.onnx.file import Preprocessing, export_onnx, torch_outputs
-from bar_edge.targets.onnx.parity import TOLERANCES, cpu_session, difference, relative
+from bar_edge.targets.onnx.parity import cpu_session, difference, relative
 from bar_edge.targets.verify import (
     MANIFEST,
     MODEL,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -225,19 +226,28 @@ def _lowering(
     return choice.lowering, choice
 
 
+def _held_out(wanted: Wanted, pruned: Exportable) -> targets.HeldOut:
+    """Return what scores files: ONNX Runtime, but for a precision that the target's runtime is told by a hint."""
+    as_written = wanted.precision == "int8" and wanted.target.runtime is None
+    in_onnxruntime = partial(targets.in_onnxruntime, as_written=as_written)
+    hinted = wanted.precision in wanted.target.hinted
+    return targets.HeldOut(
+        data=pruned.data,
+        task=pruned.task,
+        structure=pruned.network.out_spec,
+        as_input=lambda images: pruned.as_input(wanted, images),
+        source_in=in_onnxruntime,
+        made_in=partial(targets.in_openvino, precision=wanted.precision) if hinted else in_onnxruntime,
+    )
+
+
 def _written(
     wanted: Wanted, pruned: Exportable, folder: Path, spec: ArtifactSpec, lowering: Lowering, recipe: Recipe | None
 ) -> _Written:
     """Write the file in float32, convert it, and prove what was written."""
     network, inside = pruned.network, pruned.preprocessing if wanted.with_preprocessing else None
     images = pruned.as_input(wanted, pruned.images)
-    held_out = targets.HeldOut(
-        data=pruned.data,
-        task=pruned.task,
-        structure=network.out_spec,
-        as_input=lambda images: pruned.as_input(wanted, images),
-        as_written=wanted.precision == "int8" and wanted.target.runtime is None,
-    )
+    held_out = _held_out(wanted, pruned)
     final = wanted.precision == "fp32" and wanted.target.runtime is not None
     with tempfile.TemporaryDirectory() as scratch:
         first = folder if final else Path(scratch) / "fp32"

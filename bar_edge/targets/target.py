@@ -38,6 +38,8 @@ from bar_edge_calibration.recipe import Recipe, load_recipe
 RECIPE_S = 0.5
 #: batches of the last rung
 FINETUNE_STEPS = 200
+#: answers for a batch of what a file takes in
+Run = Callable[[np.ndarray], Sequence[np.ndarray]]
 #: in which form recipes are measured
 MEASURED_IN = Lowering.parse("regular:16")
 
@@ -71,21 +73,24 @@ class HeldOut:
     structure: Any
     #: from normalised images to what the file's input is
     as_input: Callable[[Tensor], Tensor]
-    #: compute what a file means, where no runtime here is the one that it is for
-    as_written: bool = False
+    #: loads a file in float32, and what was made of it
+    source_in: Callable[[Path], Run]
+    made_in: Callable[[Path], Run]
 
-    def score(self, model: Path, hint: str | None = None) -> float:
-        """Return the metric in ONNX Runtime, or in OpenVINO with its hint; higher is better."""
-        run = _openvino(model, hint) if hint else _onnxruntime(model, self.as_written)
+    def score(self, model: Path) -> float:
+        """Return the metric of a file that was made of the one in float32; higher is better."""
+        return self._metric(self.made_in(model))
+
+    def compare(self, source: Path, model: Path, precision: str) -> dict[str, float]:
+        """Return the metric of a file in float32 and of what was made of it, and the drop in points."""
+        before, after = self._metric(self.source_in(source)), self.score(model)
+        sign = 1 if self.task.higher_is_better else -1
+        return {"fp32": sign * before, precision: sign * after, "drop_points": 100 * (before - after)}
+
+    def _metric(self, run: Run) -> float:
         module = _Session(run, self.structure, self.as_input)
         metric = evaluate(module, self.data.held_out, self.task, batch=256, device="cpu", precision="fp32")
         return metric if self.task.higher_is_better else -metric
-
-    def compare(self, source: Path, model: Path, precision: str, hint: str | None) -> dict[str, float]:
-        """Return the metric of a file in float32 and of what was made of it, and the drop in points."""
-        before, after = self.score(source), self.score(model, hint)
-        sign = 1 if self.task.higher_is_better else -1
-        return {"fp32": sign * before, precision: sign * after, "drop_points": 100 * (before - after)}
 
 
 def prove(manifest: dict[str, Any], folder: Path, source: Path, *, held_out: HeldOut, threads: int) -> dict[str, Any]:
@@ -103,8 +108,7 @@ def prove(manifest: dict[str, Any], folder: Path, source: Path, *, held_out: Hel
         if comparison is not None:
             manifest["speedup_over_fp32"] = {name: getattr(comparison, name) for name in ("speedup", "low", "high")}
     if made and held_out.data.name != RANDOM and precision not in target.unscored:
-        files = (source / MODEL, folder / MODEL)
-        manifest["held_out"] = held_out.compare(*files, precision, manifest.get("precision_hint"))
+        manifest["held_out"] = held_out.compare(source / MODEL, folder / MODEL, precision)
     write_json(folder / MANIFEST, manifest)
     return manifest
 
@@ -124,14 +128,15 @@ def finetuned(
     return write
 
 
-def _onnxruntime(model: Path, as_written: bool) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
+def in_onnxruntime(model: Path, *, as_written: bool = False) -> Run:
+    """Load a file in ONNX Runtime; as_written: compute what it means, where the runtime that it is for is not here."""
     session = cpu_session(model, as_written=as_written)
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images})
 
 
-def _openvino(model: Path, precision: str) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
-    """Return what runs a file as it is measured: an image at a time."""
+def in_openvino(model: Path, *, precision: str) -> Run:
+    """Load a file in OpenVINO with a hint of the precision, to run as it is measured: an image at a time."""
     loaded = load_openvino_cpu(model, model.name, Settings(1, 1, precision, alone=True))
 
     def run(images: np.ndarray) -> Sequence[np.ndarray]:
@@ -144,12 +149,7 @@ def _openvino(model: Path, precision: str) -> Callable[[np.ndarray], Sequence[np
 class _Session(nn.Module):
     """A file in a runtime as a module, on the CPU."""
 
-    def __init__(
-        self,
-        run: Callable[[np.ndarray], Sequence[np.ndarray]],
-        structure: Any,
-        as_input: Callable[[Tensor], Tensor],
-    ) -> None:
+    def __init__(self, run: Run, structure: Any, as_input: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.run, self.structure, self.as_input = run, structure, as_input
 

@@ -16,7 +16,8 @@ from bar_edge.bench.runner import device as processor
 from bar_edge.bench.runner.telling import library_says
 from bar_edge.errors import InputError
 from bar_edge.files import file_hash, read_json
-from bar_edge.targets.onnx.parity import TOLERANCES, cpu_session, difference, relative
+from bar_edge.records.tolerance import TOLERANCES
+from bar_edge.targets.onnx.parity import cpu_session, difference, relative
 
 MODEL, SAMPLES, MANIFEST = "model.onnx", "samples.safetensors", "manifest.json"
 #: that ONNX's reference implementation runs, which is slow

@@ -4,7 +4,9 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,12 +18,12 @@ from onnx import TensorProto, helper, numpy_helper
 from bar_edge.errors import InputError
 from bar_edge.lowering.lower import folded, lower
 from bar_edge.models import build
-from bar_edge.network import trace
+from bar_edge.network import Network, trace
 from bar_edge.records import ChannelPlan
 from bar_edge.records.lowering import Lowering
+from bar_edge.records.tolerance import TOLERANCES
 from bar_edge.surgery import slice_network
 from bar_edge.targets.onnx.file import export_onnx
-from bar_edge.targets.onnx.parity import TOLERANCES
 from bar_edge_calibration.collect import Calibration, collect
 from bar_edge_calibration.equalise import equalise
 from bar_edge_calibration.finetune import finetune
@@ -36,7 +38,7 @@ NETWORKS = ("wrn-16-1", "resnet20")
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two pruned networks of mixed connectivity, pre- and post-activation, as float files."""
     folder = tmp_path_factory.mktemp("float")
     for name in NETWORKS:
@@ -50,11 +52,11 @@ def files(tmp_path_factory):
     return folder
 
 
-def images(n=100, *shape, seed=0):
+def images(n: int = 100, *shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((n, *(shape or (3, 8, 8)))).astype(np.float32)
 
 
-def outputs(model, data, *, optimise=False):
+def outputs(model: str | onnx.ModelProto, data: np.ndarray, *, optimise: bool = False) -> np.ndarray:
     """What a file means: computed as it is written, in float; or with integers, as ONNX Runtime optimises it."""
     source = model if isinstance(model, str) else model.SerializeToString()
     options = onnxruntime.SessionOptions()
@@ -64,16 +66,16 @@ def outputs(model, data, *, optimise=False):
     return session.run(None, {session.get_inputs()[0].name: data})[0]
 
 
-def off(expected, got):
+def off(expected: np.ndarray, got: np.ndarray) -> float:
     """By how much of the largest output."""
     return float(np.abs(expected - got).max() / np.abs(expected).max())
 
 
-def relative_error(expected, got):
+def relative_error(expected: np.ndarray, got: np.ndarray) -> float:
     return float(np.square(expected - got).mean() / np.square(expected - expected.mean(0)).mean())
 
 
-def quantised(files, name, recipe, tmp_path, **options):
+def quantised(files: Path, name: str, recipe: str, tmp_path: Path, **options: Any) -> tuple[Path, dict[str, Any]]:
     target = tmp_path / f"{name}.{recipe}.onnx"
     batches = np.array_split(images(), 3)
     record = quantize(
@@ -82,7 +84,7 @@ def quantised(files, name, recipe, tmp_path, **options):
     return target, record
 
 
-def ops(model, kind):
+def ops(model: onnx.ModelProto, kind: str) -> list[onnx.NodeProto]:
     return [node for node in model.graph.node if node.op_type == kind]
 
 
@@ -91,7 +93,9 @@ def ops(model, kind):
 
 @pytest.mark.parametrize("name", [*NETWORKS, "wrn-16-1.padded", "wrn-16-1.packed"])
 @pytest.mark.parametrize("recipe", recipes())
-def test_an_int8_file_computes_nearly_the_same(files, name, recipe, tmp_path, monkeypatch):
+def test_an_int8_file_computes_nearly_the_same(
+    files: Path, name: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("bar_edge_calibration.place.LARGE", 1000)
     target, _ = quantised(files, name, recipe, tmp_path)
     onnx.checker.check_model(onnx.load(target), full_check=True)
@@ -107,7 +111,9 @@ def test_an_int8_file_computes_nearly_the_same(files, name, recipe, tmp_path, mo
 
 
 @pytest.mark.parametrize("recipe", recipes())
-def test_what_the_recipe_says_is_in_the_file(files, recipe, tmp_path, monkeypatch):
+def test_what_the_recipe_says_is_in_the_file(
+    files: Path, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("bar_edge_calibration.place.LARGE", large := 1200)
     target, _ = quantised(files, "wrn-16-1", recipe, tmp_path)
     graph, wanted = Graph(onnx.load(target)), load_recipe(recipe)
@@ -135,7 +141,7 @@ def test_what_the_recipe_says_is_in_the_file(files, recipe, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_values_that_only_move_keep_their_grid(files, name, tmp_path):
+def test_values_that_only_move_keep_their_grid(files: Path, name: str, tmp_path: Path) -> None:
     for recipe in ("onnxruntime-cpu", "tensorrt"):
         graph = Graph(onnx.load(quantised(files, name, recipe, tmp_path)[0]))
         grid = {pair.output[0]: tuple(pair.input[1:]) for pair in ops(graph.model, "DequantizeLinear")}
@@ -149,7 +155,7 @@ def test_values_that_only_move_keep_their_grid(files, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [f"{name}{suffix}" for name in NETWORKS for suffix in ("", ".padded", ".packed")])
-def test_no_island_of_float_in_onnxruntime(files, name, tmp_path):
+def test_no_island_of_float_in_onnxruntime(files: Path, name: str, tmp_path: Path) -> None:
     source = onnx.load(files / f"{name}.onnx")
     assert bool(ops(source, "Pad")) == name.endswith("padded")
     # pads on one side only are those of a convolution that ends the packed part
@@ -161,7 +167,7 @@ def test_no_island_of_float_in_onnxruntime(files, name, tmp_path):
     assert not left & {"Conv", "Relu", "Add", "DequantizeLinear", "BatchNormalization", "GlobalAveragePool"}
 
 
-def test_islands_are_seen(files, tmp_path):
+def test_islands_are_seen(files: Path, tmp_path: Path) -> None:
     model = prepare(onnx.load(files / "wrn-16-1.onnx"), batchnorm_as_convolution=False)
     found = collect(files / "wrn-16-1.onnx", model, [images()], data="noise")
     recipe = load_recipe("onnxruntime-cpu")
@@ -176,7 +182,7 @@ def test_islands_are_seen(files, tmp_path):
     assert bound == "Clip" and layer in ("Conv", "FusedConv")
 
 
-def test_batchnorm_as_a_convolution_is_the_same_function(files):
+def test_batchnorm_as_a_convolution_is_the_same_function(files: Path) -> None:
     model = onnx.load(files / "wrn-16-1.onnx")
     changed = prepare(model, batchnorm_as_convolution=True)
     assert len(ops(model, "BatchNormalization")) == 7 and not ops(changed, "BatchNormalization")
@@ -186,7 +192,7 @@ def test_batchnorm_as_a_convolution_is_the_same_function(files):
 
 
 @pytest.mark.parametrize("name", [f"{name}{suffix}" for name in NETWORKS for suffix in ("", ".padded", ".packed")])
-def test_openvino_computes_the_mixed_forms(files, name, tmp_path):
+def test_openvino_computes_the_mixed_forms(files: Path, name: str, tmp_path: Path) -> None:
     """Convolutions without a bias among them: what they are added to came out wrong until they got one."""
     pytest.importorskip("openvino")
     target, _ = quantised(files, name, "openvino-cpu", tmp_path)
@@ -211,7 +217,9 @@ def test_openvino_computes_the_mixed_forms(files, name, tmp_path):
 # ------------------------------------------------------------------------------------------ small graphs
 
 
-def model_of(nodes, constants, shape, classes):
+def model_of(
+    nodes: list[onnx.NodeProto], constants: dict[str, Any], shape: tuple[int, ...], classes: tuple[int, ...]
+) -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
         "small",
@@ -222,7 +230,7 @@ def model_of(nodes, constants, shape, classes):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
 
 
-def test_images_of_bytes_are_normalised_inside(tmp_path):
+def test_images_of_bytes_are_normalised_inside(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Cast", ["input"], ["a"], to=TensorProto.FLOAT),
         helper.make_node("Mul", ["a", "factor"], ["b"]),
@@ -241,7 +249,7 @@ def test_images_of_bytes_are_normalised_inside(tmp_path):
     assert relative_error(outputs(model, data), outputs(str(tmp_path / "int8.onnx"), data)) < 1e-3
 
 
-def in_a_row(activation="Relu", depthwise=False):
+def in_a_row(activation: str = "Relu", depthwise: bool = False) -> onnx.ModelProto:
     """Conv, activation, Conv with channels of very different sizes."""
     rng = np.random.default_rng(0)
     sizes = np.array([1, 10, 0.1, 3, 0], np.float32).reshape(5, 1, 1, 1)
@@ -259,7 +267,7 @@ def in_a_row(activation="Relu", depthwise=False):
 
 
 @pytest.mark.parametrize("depthwise", [False, True])
-def test_equalised_networks_are_equal_and_balanced(depthwise):
+def test_equalised_networks_are_equal_and_balanced(depthwise: bool) -> None:
     model = in_a_row(depthwise=depthwise)
     equal, pairs = equalise(model)
     assert pairs == 1
@@ -272,14 +280,14 @@ def test_equalised_networks_are_equal_and_balanced(depthwise):
     assert sizes[4] == 0
 
 
-def test_nothing_is_equalised_across_other_activations():
+def test_nothing_is_equalised_across_other_activations() -> None:
     model = in_a_row("Sigmoid")
     equal, pairs = equalise(model)
     assert pairs == 0 and equal.SerializeToString() == model.SerializeToString()
 
 
 @pytest.mark.parametrize("depthwise", [False, True])
-def test_bias_correction_centres_the_output(tmp_path, depthwise):
+def test_bias_correction_centres_the_output(tmp_path: Path, depthwise: bool) -> None:
     model = in_a_row(depthwise=depthwise)
     onnx.save(model, tmp_path / "a.onnx")
     data = images(200, 3, 6, 6)
@@ -293,7 +301,7 @@ def test_bias_correction_centres_the_output(tmp_path, depthwise):
     assert shifts[1] < 0.9 * shifts[0]
 
 
-def test_a_dead_channel_keeps_its_bias(tmp_path):
+def test_a_dead_channel_keeps_its_bias(tmp_path: Path) -> None:
     model = in_a_row()
     onnx.save(model, tmp_path / "a.onnx")
     data = images(100, 3, 6, 6)
@@ -305,7 +313,7 @@ def test_a_dead_channel_keeps_its_bias(tmp_path):
 # ------------------------------------------------------------------------------------------ the promise
 
 
-def test_same_images_same_bytes(files, tmp_path):
+def test_same_images_same_bytes(files: Path, tmp_path: Path) -> None:
     first, record = quantised(files, "wrn-16-1", "onnxruntime-cpu", tmp_path)
     before = first.read_bytes()
     second, again = quantised(files, "wrn-16-1", "onnxruntime-cpu", tmp_path)
@@ -314,7 +322,7 @@ def test_same_images_same_bytes(files, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
 
 
-def test_a_calibration_can_be_kept(files, tmp_path):
+def test_a_calibration_can_be_kept(files: Path, tmp_path: Path) -> None:
     recipe, source = load_recipe("openvino-cpu"), files / "wrn-16-1.onnx"
     model = prepare(onnx.load(source), batchnorm_as_convolution=False)
     collect(source, model, [images()], data="noise").save(tmp_path / "kept.npz")
@@ -326,13 +334,13 @@ def test_a_calibration_can_be_kept(files, tmp_path):
         quantize(files / "resnet20.onnx", tmp_path / "int8.onnx", **options)
 
 
-def scripted(float_score, *int8_scores):
+def scripted(float_score: float, *int8_scores: float) -> Callable[[Path], float]:
     """Return a score that says what it is told to, the last for ever."""
     scores = itertools.chain([float_score, *int8_scores], itertools.repeat(int8_scores[-1]))
     return lambda path: next(scores) if path.is_file() else pytest.fail("no file to score")
 
 
-def test_a_promise_kept_at_once_climbs_no_ladder(files, tmp_path):
+def test_a_promise_kept_at_once_climbs_no_ladder(files: Path, tmp_path: Path) -> None:
     promise = Promise(score=scripted(0.9, 0.895), max_drop=0.5)
     _, record = quantised(files, "wrn-16-1", "onnxruntime-cpu", tmp_path, promise=promise)
     assert [rung["rung"] for rung in record["rungs"]] == ["recipe"]
@@ -340,7 +348,7 @@ def test_a_promise_kept_at_once_climbs_no_ladder(files, tmp_path):
     assert record["sensitivity"] is None
 
 
-def test_each_rung_is_kept_only_if_it_helps(files, tmp_path):
+def test_each_rung_is_kept_only_if_it_helps(files: Path, tmp_path: Path) -> None:
     # recipe .80, minmax .79, percentile .82, entropy .82, bias correction .81, equalised .83 and .85
     promise = Promise(score=scripted(0.9, 0.80, 0.79, 0.82, 0.82, 0.81, 0.83, 0.85), max_drop=5.0)
     target, record = quantised(files, "wrn-16-1", "onnxruntime-cpu", tmp_path, promise=promise)
@@ -357,7 +365,7 @@ def test_each_rung_is_kept_only_if_it_helps(files, tmp_path):
     assert float_islands(target) == []
 
 
-def test_a_promise_missed_says_so_and_names_the_sensitive_layers(files, tmp_path):
+def test_a_promise_missed_says_so_and_names_the_sensitive_layers(files: Path, tmp_path: Path) -> None:
     promise = Promise(score=scripted(0.9, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.6, 0.5), max_drop=1.0)
     target, record = quantised(files, "wrn-16-1", "onnxruntime-cpu", tmp_path, promise=promise)
     assert not record["score"]["within"] and record["score"]["drop_points"] == pytest.approx(30)
@@ -368,14 +376,14 @@ def test_a_promise_missed_says_so_and_names_the_sensitive_layers(files, tmp_path
     assert len(ops(optimised(target), "Conv")) + len(ops(optimised(target), "FusedConv")) == 1
 
 
-def test_the_last_rung_is_a_finetuned_network(files, tmp_path):
-    def tuned(path):
+def test_the_last_rung_is_a_finetuned_network(files: Path, tmp_path: Path) -> None:
+    def tuned(path: Path) -> None:
         model = onnx.load(files / "wrn-16-1.onnx")
         (last,) = (t for t in model.graph.initializer if t.dims == [4] and t.name.endswith("bias"))
         last.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(last) + np.float32(100), last.name))
         onnx.save(model, path)
 
-    def score(path):
+    def score(path: Path) -> float:
         return 0.9 if path.parent == files or outputs(str(path), images(4)).min() > 50 else 0.5
 
     promise = Promise(score=score, max_drop=1.0, finetune=tuned)
@@ -385,7 +393,7 @@ def test_the_last_rung_is_a_finetuned_network(files, tmp_path):
     assert outputs(str(target), images(4)).min() > 50
 
 
-def test_finetuning_brings_the_rounded_network_nearer(tmp_path):
+def test_finetuning_brings_the_rounded_network_nearer(tmp_path: Path) -> None:
     name = "resnet20"
     torch.manual_seed(0)
     network = folded(trace(randomise(build(name, input_shape=(3, 8, 8), classes=4)).eval(), torch.zeros(2, 3, 8, 8)))
@@ -397,7 +405,7 @@ def test_finetuning_brings_the_rounded_network_nearer(tmp_path):
     moved = [key for key, value in tuned.state_dict().items() if not torch.equal(value, before[key])]
     assert any(key.endswith("weight") for key in moved)
 
-    def error(other):
+    def error(other: Network) -> float:
         export_onnx(lower(other, Lowering.parse("slices")), (3, 8, 8), tmp_path / f"{name}.onnx")
         target, _ = quantised(tmp_path, name, "onnxruntime-cpu", tmp_path)
         with torch.no_grad():
@@ -408,7 +416,7 @@ def test_finetuning_brings_the_rounded_network_nearer(tmp_path):
     assert error(tuned) < error(network)
 
 
-def test_images_that_are_gone_after_one_reading(files, tmp_path):
+def test_images_that_are_gone_after_one_reading(files: Path, tmp_path: Path) -> None:
     promise = Promise(score=scripted(0.9, 0.9), max_drop=1.0)
     with pytest.raises(InputError, match="read more than once"):
         quantize(
@@ -422,7 +430,7 @@ def test_images_that_are_gone_after_one_reading(files, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_source_that_is_no_onnx_file(tmp_path):
+def test_a_source_that_is_no_onnx_file(tmp_path: Path) -> None:
     Path(tmp_path / "a.onnx").write_text("none")
     recipe = load_recipe("tensorrt")
     with pytest.raises(InputError, match=r"got: a\.onnx"):
@@ -437,7 +445,7 @@ GOOD = (
 )
 
 
-def test_recipes_are_read_and_checked():
+def test_recipes_are_read_and_checked() -> None:
     assert recipes() == ["onnxruntime-amx", "onnxruntime-cpu", "openvino-cpu", "tensorrt"]
     assert read_recipe("mine", GOOD).activations == "int8"
     with pytest.raises(InputError, match="onnxruntime-cpu, openvino-cpu, tensorrt"):

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -29,9 +29,10 @@ from bar_edge.lowering.lower import lower
 from bar_edge.models import build
 from bar_edge.network import trace
 from bar_edge.records.lowering import Lowering
+from bar_edge.records.tolerance import TOLERANCES
 from bar_edge.targets.artifact import ArtifactSpec, convert_artifact, write_artifact
 from bar_edge.targets.onnx.file import export_onnx
-from bar_edge.targets.onnx.parity import TOLERANCES, cpu_session, difference, relative
+from bar_edge.targets.onnx.parity import cpu_session, difference, relative
 from bar_edge.targets.verify import overflow_note, read_manifest, verify_artifact
 from bar_edge_calibration.quantize import quantize
 from bar_edge_calibration.recipe import load_recipe
@@ -39,6 +40,8 @@ from tests.calibration import saturating
 from tests.reference import randomise
 
 SHAPE = (3, 8, 8)
+#: of a weight in INT8
+Bits = Literal[7, 8]
 #: a CPU that adds products in 16 bits, one that does not, and one that does not tell
 HASWELL: dict[str, Any] = {"machine": "x86_64", "abilities": "avx2"}
 OTHERS: list[dict[str, Any]] = [
@@ -113,7 +116,7 @@ def floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def int8_file(source: Path, folder: Path, recipe: str = "onnxruntime-cpu", bits: int | None = None) -> Path:
+def int8_file(source: Path, folder: Path, recipe: str = "onnxruntime-cpu", bits: Bits | None = None) -> Path:
     """Write a network's file with weights of so many bits; those of the recipe by default."""
     target, by = folder / f"{source.stem}.{recipe}.{bits}.onnx", load_recipe(recipe)
     by = by if bits is None else dataclasses.replace(by, weight_bits=bits)
@@ -172,7 +175,7 @@ def test_the_judge_multiplies_no_integers(floats: Path, tmp_path: Path) -> None:
 def artifact(tmp_path: Path) -> Callable[..., Path]:
     """Writes an INT8 artifact of the two halves, with weights of so many bits."""
 
-    def write(bits: int, target: str = "onnx") -> Path:
+    def write(bits: Bits, target: str = "onnx") -> Path:
         network = trace(two_halves().eval(), torch.zeros(2, *SHAPE)).eval()
         write_artifact(network, tmp_path / "float", samples=torch.from_numpy(images(8, seed=1)), spec=ArtifactSpec())
         by = dataclasses.replace(load_recipe("onnxruntime-cpu"), weight_bits=bits)

@@ -23,10 +23,10 @@ from bar_edge.models import build
 from bar_edge.network import Network, trace
 from bar_edge.pipeline import bench, export_run, prune, verify
 from bar_edge.records.lowering import Lowering
+from bar_edge.records.tolerance import TOLERANCES
 from bar_edge.requests import BenchRequest, ExportRequest, PruneRequest
 from bar_edge.targets import target as targets
 from bar_edge.targets.export_run import INT8_GAIN
-from bar_edge.targets.onnx.parity import TOLERANCES
 from bar_edge.targets.table import TARGETS
 from bar_edge.targets.tensorrt.target import write_engine
 from bar_edge_calibration.graph import Graph

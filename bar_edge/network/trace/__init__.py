@@ -13,6 +13,7 @@ from bar_edge.network.trace.build import GraphBuilder
 from bar_edge.network.trace.export import export, plain
 from bar_edge.network.trace.refusals import mixed_batch, source_line
 from bar_edge.network.trace.simpler import name_pixel_shuffles
+from bar_edge.records.tolerance import TRACE_TOLERANCE
 
 __all__ = ["source_line", "trace"]
 
@@ -64,9 +65,13 @@ def _check_writes(module: nn.Module, network: Network) -> None:
     for part, training in modes.items():
         part.training = training
     for a, b in zip(wanted, pytree.tree_leaves(network(*images)), strict=True):
-        if isinstance(a, Tensor) and not torch.allclose(a.to(b), b, rtol=1e-3, atol=1e-3 * float(b.abs().max())):
+        if isinstance(a, Tensor) and not _close(a.to(b), b):
             raise InputError(
                 "a forward whose writes in place can be said as a graph of values",
                 got="a network that answers otherwise than the module",
                 remedy="write the result to a new tensor: y = relu(x[:, :2]) instead of x[:, :2].relu_()",
             )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=TRACE_TOLERANCE, atol=TRACE_TOLERANCE * float(b.abs().max()))

@@ -13,8 +13,8 @@ from bar_edge.files import write_bytes
 from bar_edge.lowering.lower import lower
 from bar_edge.network import Network
 from bar_edge.records.lowering import Lowering
+from bar_edge.records.tolerance import TOLERANCES
 from bar_edge.targets.onnx.file import export_onnx, parity_onnx
-from bar_edge.targets.onnx.parity import TOLERANCES
 from bar_edge.targets.onnx.target import ONNX
 
 

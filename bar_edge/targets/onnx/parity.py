@@ -10,11 +10,6 @@ import onnxruntime
 from bar_edge.bench.runner.inputs import relative as relative
 from bar_edge_calibration.session import cpu_options
 
-#: precision -> the largest max|a-b| / max|a| that counts as equal: between torch in float32 and the file, or for int8
-#: between what the file means, computed in float, and the same file in a runtime (measured:
-#: files that do not overflow differ by up to 0.024, docs/int8.md)
-TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2, "int8": 4e-2}
-
 
 def difference(expected: list[np.ndarray], got: list[np.ndarray]) -> tuple[float, float]:
     """Return max|a-b| and max|a| over all outputs; infinity where a value is not finite or a shape differs."""
