@@ -42,10 +42,10 @@ def cifar10() -> Path:
 def rehearsed_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rehearse a network and a budget once per process: most tests prune the same few; its own tests always do."""
     from bar_edge.runs import run_folder
+    from bar_edge.runs.rehearsal import rehearse
 
     if request.path.name == "test_rehearsal.py":
         return
-    rehearse = run_folder.rehearse
 
     def once(layout: GateLayout, metric: Metric, limit: float, images: Tensor) -> None:
         key = (layout.network.fingerprint, layout.round_to, tuple(layout.keep), metric)

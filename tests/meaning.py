@@ -166,7 +166,7 @@ class Call:
 
 
 def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    full_name = func.__name__ if func.__name__ not in ("__get__", "__set__") else func.__self__.__name__
+    full_name = func.__name__ if func.__name__ not in ("__get__", "__set__") else func.__self__.__name__  # type: ignore[attr-defined]  # a property's
     name = full_name.strip("_")
     tracked = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tracked)]
 
@@ -177,8 +177,9 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if name in MOVEMENTS:
         moved = [of(part) for part in (plain, lambda t: t.exists, lambda t: t.labels)]
         if isinstance(moved[0], tuple | list):
-            return type(moved[0])(_carry(*parts, tracked[0].run) for parts in zip(*moved, strict=True))
-        return _carry(*moved, tracked[0].run)
+            return type(moved[0])(_carry(v, e, labels, tracked[0].run) for v, e, labels in zip(*moved, strict=True))
+        value, exists, labels = moved
+        return _carry(value, exists, labels, tracked[0].run)
     if name in COPIES:
         value = of(plain)
         return _carry(value, _beside(value, args[0].exists), _beside(value, args[0].labels), args[0].run)

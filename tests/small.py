@@ -1,6 +1,6 @@
 """Networks of a few layers, said in a line, and what has to hold of each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,10 +38,10 @@ def traced(module: nn.Module) -> tuple[nn.Module, Network, Tensor]:
     return module, trace(module, images), images
 
 
-def check(module: nn.Module, kept: dict[str, tuple[int, ...]]) -> Network:
+def check(module: nn.Module, kept: Mapping[str, tuple[int, ...]]) -> Network:
     """Slice, and compare with the user's own module under masks and with every lowering."""
     module, network, images = traced(module)
-    plan = ChannelPlan(network=network.fingerprint, kept=kept)
+    plan = ChannelPlan(network=network.fingerprint, kept=dict(kept))
     sliced, expected = slice_network(network, plan), masked_answer(module, kept, images)
     assert relative_difference(expected, sliced(images)) < 1e-9
     for form in (PAPER, *KINDS):

@@ -7,14 +7,14 @@ from torch import nn
 from bar_edge_calibration import reestimate_batchnorm
 
 
-def network():
+def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.3), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(4, 2, 1)
     )
 
 
-def test_statistics_are_those_of_the_whole_set():
+def test_statistics_are_those_of_the_whole_set() -> None:
     model, images = network().double(), torch.randn(40, 3, 6, 6, dtype=torch.float64) * 3 + 1
     with torch.no_grad():
         features = model[0](images)
@@ -31,7 +31,7 @@ def test_statistics_are_those_of_the_whole_set():
     )
 
 
-def test_earlier_statistics_are_forgotten():
+def test_earlier_statistics_are_forgotten() -> None:
     model, images = network(), torch.randn(16, 3, 6, 6)
     reestimate_batchnorm(model, images.split(4))
     once = model[1].running_mean.clone()
@@ -40,7 +40,7 @@ def test_earlier_statistics_are_forgotten():
     assert torch.equal(model[1].running_mean, once)
 
 
-def test_everything_else_stays():
+def test_everything_else_stays() -> None:
     model = network().train()
     model[1].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -53,21 +53,21 @@ def test_everything_else_stays():
     assert changed == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
 
 
-def test_modes_and_momentum_come_back_after_an_error():
+def test_modes_and_momentum_come_back_after_an_error() -> None:
     model = network().train()
     with pytest.raises(RuntimeError):
         reestimate_batchnorm(model, [torch.randn(8, 5, 6, 6)])
     assert model[1].momentum == 0.3 and all(m.training for m in model.modules())
 
 
-def test_networks_without_running_statistics_are_not_run():
+def test_networks_without_running_statistics_are_not_run() -> None:
     for model in (nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1, track_running_stats=False)):
         batches = iter([torch.zeros(2, 1, 3, 3)])
         reestimate_batchnorm(model, batches)
         assert len(list(batches)) == 1, "a batch was read"
 
 
-def test_no_batches():
+def test_no_batches() -> None:
     model = network()
     before = model[1].running_var.clone()
     with pytest.raises(ValueError, match="at least one batch"):

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import typer
@@ -22,7 +24,7 @@ from bar_edge_cli.commands import app
 from bar_edge_cli.main import main
 from bar_edge_cli.progress import Terminal
 
-RESULT = {
+RESULT: dict[str, Any] = {
     "schema": 1,
     "verdict": True,
     "method": "bar",
@@ -40,15 +42,16 @@ RESULT = {
 class Pipeline(types.ModuleType):
     """Stands in for bar_edge.pipeline: remembers how it was called, answers what the test says."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__("bar_edge.pipeline")
-        self.calls, self.answer = [], {"verdict": True}
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.answer: dict[str, Any] | Callable[[], dict[str, Any]] = {"verdict": True}
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Callable[..., dict[str, Any]]:
         if name.startswith("__"):
             raise AttributeError(name)
 
-        def function(*args, **kwargs):
+        def function(*args: Any, **kwargs: Any) -> dict[str, Any]:
             self.calls.append((name, args, kwargs))
             answer = self.answer() if callable(self.answer) else self.answer
             return dict(answer)
@@ -57,22 +60,24 @@ class Pipeline(types.ModuleType):
 
 
 @pytest.fixture
-def pipeline(monkeypatch):
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> Pipeline:
     fake = Pipeline()
     monkeypatch.setitem(sys.modules, "bar_edge.pipeline", fake)
     monkeypatch.setattr(bar_edge, "pipeline", fake, raising=False)
     return fake
 
 
-def configuration(pipeline) -> PruneRequest:
+def configuration(pipeline: Pipeline) -> PruneRequest:
     request = pipeline.calls[-1][1][0]
-    return request.prune if isinstance(request, DeployRequest) else request
+    asked = request.prune if isinstance(request, DeployRequest) else request
+    assert isinstance(asked, PruneRequest)
+    return asked
 
 
 # ------------------------------------------------------------------------------------------- options
 
 
-def test_every_option_of_prune_arrives(pipeline, tmp_path):
+def test_every_option_of_prune_arrives(pipeline: Pipeline, tmp_path: Path) -> None:
     given = "--model resnet56 --model-arg a=1 --model-arg b=2 --data d --budget 4x --method random --weights w.pt"
     given += " --teacher t.pt --epochs dense=1,tune=3 --batch 7 --device cpu --task segmentation --seed 5"
     given += " --max-drop 1.5 --set train.lr_prune=0.5 --set distill.alpha=0 --set bar.transition=linear"
@@ -93,13 +98,13 @@ def test_every_option_of_prune_arrives(pipeline, tmp_path):
     assert train.lr_prune == 0.5 and config.distill.alpha == 0.0 and config.bar.transition == "linear"
 
 
-def test_without_options_the_defaults_hold(pipeline, tmp_path):
+def test_without_options_the_defaults_hold(pipeline: Pipeline, tmp_path: Path) -> None:
     assert main(["prune", "--model", "resnet20", "--out", str(tmp_path / "run")]) == 0
     assert configuration(pipeline) == PruneRequest(model="resnet20")
     assert pipeline.calls[0][2]["resume"] is False
 
 
-def test_precedence_command_line_toml_preset_defaults(tmp_path):
+def test_precedence_command_line_toml_preset_defaults(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text('model = "vgg16"\nseed = 7\n[train]\nbatch = 32\ndense = 1\n')
     config = options.resolve(
@@ -111,18 +116,18 @@ def test_precedence_command_line_toml_preset_defaults(tmp_path):
     assert config.data == "digits"  # default
 
 
-def test_a_preset_may_stand_in_the_file(tmp_path):
+def test_a_preset_may_stand_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text('model = "vgg16"\npreset = "paper"\n')
     assert options.resolve(file, {}).train.batch == 64
 
 
-def test_set_wins_over_a_named_option():
+def test_set_wins_over_a_named_option() -> None:
     given = {"model": "resnet20", "train": {"batch": 7}}
     assert options.resolve(None, given, ["train.batch=9"]).train.batch == 9
 
 
-def test_a_resolved_configuration_reads_back(tmp_path):
+def test_a_resolved_configuration_reads_back(tmp_path: Path) -> None:
     config = options.resolve(None, {"model": "m", "preset": "paper", "model_arg": ["a=1"], "max_drop": 2})
     file = tmp_path / "config.toml"
     file.write_text(to_toml(config))
@@ -130,7 +135,7 @@ def test_a_resolved_configuration_reads_back(tmp_path):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_are_valid(preset):
+def test_presets_are_valid(preset: str) -> None:
     assert options.resolve(None, {"model": "m", "preset": preset}).preset == preset
 
 
@@ -145,30 +150,30 @@ def test_presets_are_valid(preset):
         ("data=x=y", {"data": "x=y"}),
     ],
 )
-def test_assignment(text, expected):
+def test_assignment(text: str, expected: dict[str, Any]) -> None:
     assert options.assignment(text) == expected
 
 
 @pytest.mark.parametrize("text", ["seed", "=3", "train.=3", ".lr=3", "a b=1"])
-def test_bad_assignment(text):
+def test_bad_assignment(text: str) -> None:
     with pytest.raises(InputError, match="NAME=VALUE"):
         options.assignment(text)
 
 
 @pytest.mark.parametrize("text", ["dense", "dense=-1", "dense=1.5", "warm=3", "dense=1;tune=2", "dense=1,"])
-def test_bad_epochs(text):
+def test_bad_epochs(text: str) -> None:
     with pytest.raises(InputError, match="--epochs"):
         options.epochs(text)
 
 
-def test_shape():
+def test_shape() -> None:
     assert options.shape("3x32x32") == (3, 32, 32) and options.shape(None) is None
     for text in ("3x", "0x3", "3,32", "ax3", ""):
         with pytest.raises(InputError, match="CxHxW"):
             options.shape(text)
 
 
-def test_two_budgets_are_told_apart(pipeline, tmp_path):
+def test_two_budgets_are_told_apart(pipeline: Pipeline, tmp_path: Path) -> None:
     command = ["deploy", "--model", "resnet20", "--out", str(tmp_path)]
     assert main([*command, "--budget", "8ms", "--budget", "16x"]) == 0
     assert configuration(pipeline).budget == "16x" and pipeline.calls[0][1][0].bench.budget == "8ms"
@@ -177,13 +182,13 @@ def test_two_budgets_are_told_apart(pipeline, tmp_path):
     assert len(pipeline.calls) == 1
 
 
-def test_a_budget_in_ms_alone_is_what_is_trained_for(pipeline, tmp_path):
+def test_a_budget_in_ms_alone_is_what_is_trained_for(pipeline: Pipeline, tmp_path: Path) -> None:
     assert main(["deploy", "--model", "resnet20", "--budget", "8ms", "--table", "t.json", "--out", str(tmp_path)]) == 0
     assert (configuration(pipeline).budget, configuration(pipeline).table) == ("8ms", "t.json")
     assert pipeline.calls[0][1][0].bench.budget is None
 
 
-def test_deploy_reads_a_file_and_hands_on_the_rest(pipeline, tmp_path):
+def test_deploy_reads_a_file_and_hands_on_the_rest(pipeline: Pipeline, tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text(to_toml(PruneRequest(model="vgg16", budget="4x")))
     out = str(tmp_path / "run")
@@ -195,7 +200,7 @@ def test_deploy_reads_a_file_and_hands_on_the_rest(pipeline, tmp_path):
     assert pipeline.calls[0][2]["resume"] is False
 
 
-def test_deploy_has_every_option_of_prune_export_and_bench(pipeline, tmp_path):
+def test_deploy_has_every_option_of_prune_export_and_bench(pipeline: Pipeline, tmp_path: Path) -> None:
     said = "--model m --target trt --precision int8 --recipe tensorrt --engine batch=4 --on ssh://board --max-drop 1"
     said += " --choice-seconds 5 --bench-batch 4 --batch 32 --runtime tensorrt --against old.json --with-preprocessing"
     assert main(["deploy", *said.split(), "--out", str(tmp_path)]) == 0
@@ -213,12 +218,14 @@ def test_deploy_has_every_option_of_prune_export_and_bench(pipeline, tmp_path):
         with_preprocessing=True,
     )
     assert request.bench == BenchRequest(batch=4, runtime="tensorrt", against=Path("old.json"), on="ssh://board")
-    shown = {parameter.name for parameter in typer.main.get_command(app).commands["deploy"].params}
+    commands = typer.main.get_command(app)
+    assert isinstance(commands, typer.core.TyperGroup)
+    shown = {parameter.name for parameter in commands.commands["deploy"].params}
     asked = {*fields(PruneRequest), *fields(ExportRequest), *fields(BenchRequest)}
     assert asked <= shown
 
 
-def test_only_an_engine_is_built_on_the_device(pipeline, tmp_path):
+def test_only_an_engine_is_built_on_the_device(pipeline: Pipeline, tmp_path: Path) -> None:
     assert main(["deploy", "--model", "m", "--on", "ssh://board", "--out", str(tmp_path)]) == 0
     request = pipeline.calls[0][1][0]
     assert (request.export.on, request.bench.on) == ("local", "ssh://board")
@@ -274,13 +281,15 @@ def test_only_an_engine_is_built_on_the_device(pipeline, tmp_path):
         ("doctor", "doctor", (), {}),
     ],
 )
-def test_other_commands_call_their_function(pipeline, command, name, args, kwargs):
+def test_other_commands_call_their_function(
+    pipeline: Pipeline, command: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     assert main(command.split()) == 0
     called = [(n, a, {k: v for k, v in kw.items() if k != "progress"}) for n, a, kw in pipeline.calls]
     assert called == [(name, args, kwargs)]
 
 
-def test_options_fit_the_real_pipeline(pipeline, monkeypatch):
+def test_options_fit_the_real_pipeline(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the fake accepts, the real functions accept: every keyword that a command hands on is theirs."""
     monkeypatch.undo()
     from bar_edge import pipeline as real
@@ -299,15 +308,15 @@ def test_options_fit_the_real_pipeline(pipeline, monkeypatch):
 
 
 @pytest.mark.parametrize(("verdict", "code"), [(True, 0), (None, 0), (False, 1)])
-def test_verdict_is_the_exit_code(pipeline, verdict, code):
+def test_verdict_is_the_exit_code(pipeline: Pipeline, verdict: bool | None, code: int) -> None:
     pipeline.answer = {"verdict": verdict}
     assert main(["verify", "a"]) == code
     pipeline.answer = {} if verdict is None else {"verdict": verdict}
     assert main(["verify", "a", "--json"]) == code
 
 
-def raising(error):
-    def function():
+def raising(error: BaseException) -> Callable[[], NoReturn]:
+    def function() -> NoReturn:
         raise error
 
     return function
@@ -333,7 +342,9 @@ def raising(error):
         (Terminated(129), 129, "terminated\n"),
     ],
 )
-def test_errors_are_lines_and_exit_codes(pipeline, capfd, error, code, said):
+def test_errors_are_lines_and_exit_codes(
+    pipeline: Pipeline, capfd: pytest.CaptureFixture[str], error: BaseException, code: int, said: str
+) -> None:
     pipeline.answer = raising(error)
     assert main(["doctor"]) == code
     captured = capfd.readouterr()
@@ -341,7 +352,9 @@ def test_errors_are_lines_and_exit_codes(pipeline, capfd, error, code, said):
     assert captured.out == ""
 
 
-def test_torchrun_is_refused_in_words(pipeline, capfd, monkeypatch):
+def test_torchrun_is_refused_in_words(
+    pipeline: Pipeline, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert main(["doctor"]) == 0
@@ -351,29 +364,29 @@ def test_torchrun_is_refused_in_words(pipeline, capfd, monkeypatch):
 
 
 @pytest.mark.parametrize("module", ["bar_edge_cli", "bar_edge_cli.main"])
-def test_as_a_module(module, repository):
+def test_as_a_module(module: str, repository: Path) -> None:
     roots = os.pathsep.join(str(repository / name) for name in (".", "cli", "kernels", "calibration"))
     command = [sys.executable, "-m", module, "no-such-command"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": roots}, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "no-such-command" in done.stderr
 
 
-def test_debug_shows_the_traceback(pipeline, capfd):
+def test_debug_shows_the_traceback(pipeline: Pipeline, capfd: pytest.CaptureFixture[str]) -> None:
     pipeline.answer = raising(InputError("a", got="b"))
     assert main(["doctor", "--debug"]) == 2
     assert "Traceback" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [["doctor", "--bogus"], ["nonsense"], ["prune"], ["bench", "a", "--threads", "x"], []])
-def test_wrong_usage(pipeline, capfd, argv):
+def test_wrong_usage(pipeline: Pipeline, capfd: pytest.CaptureFixture[str], argv: list[str]) -> None:
     assert main(argv) == 2
     captured = capfd.readouterr()
     assert "required: " in captured.err or "Usage" in captured.err + captured.out
     assert pipeline.calls == []
 
 
-def test_json_is_one_object_whatever_libraries_print(pipeline, capfd):
-    def chatter():
+def test_json_is_one_object_whatever_libraries_print(pipeline: Pipeline, capfd: pytest.CaptureFixture[str]) -> None:
+    def chatter() -> dict[str, Any]:
         print("from python")
         os.write(1, b"from C\n")
         return {"verdict": True, "number": 0.1}
@@ -392,26 +405,30 @@ def test_json_is_one_object_whatever_libraries_print(pipeline, capfd):
     ("argv", "error", "code"),
     [(["doctor", "--json"], InputError("a", got="b"), 2), (["doctor", "--json"], ValueError("x"), 70)],
 )
-def test_an_error_with_json_is_one_object_too(pipeline, capfd, argv, error, code):
+def test_an_error_with_json_is_one_object_too(
+    pipeline: Pipeline, capfd: pytest.CaptureFixture[str], argv: list[str], error: BaseException, code: int
+) -> None:
     pipeline.answer = raising(error)
     assert main(argv) == code
     answer = json.loads(capfd.readouterr().out)
     assert answer["exit_code"] == code and answer["error"]
 
 
-def test_wrong_usage_with_json(capfd):
+def test_wrong_usage_with_json(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json", "--bogus"]) == 2
     assert "--bogus" in json.loads(capfd.readouterr().out)["error"]["got"]
 
 
-def test_prune_names_the_page(pipeline, capfd, tmp_path):
+def test_prune_names_the_page(pipeline: Pipeline, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pipeline.answer = RESULT
     assert main(["prune", "--model", "resnet20", "--out", str(tmp_path / "run"), "--json"]) == 0
     answer = json.loads(capfd.readouterr().out)
     assert answer == {**RESULT, "report": str(tmp_path / "run" / "report.html")}
 
 
-def test_report_of_one_run_and_of_several(capfd, tmp_path, monkeypatch):
+def test_report_of_one_run_and_of_several(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -426,13 +443,13 @@ def test_report_of_one_run_and_of_several(capfd, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------- for the eye
 
 
-def shown(answer) -> str:
-    console = Console(file=io.StringIO(), width=120, highlight=False)
-    show.show(answer, console)
-    return console.file.getvalue()
+def shown(answer: dict[str, Any]) -> str:
+    out = io.StringIO()
+    show.show(answer, Console(file=out, width=120, highlight=False))
+    return out.getvalue()
 
 
-def test_result_is_a_table():
+def test_result_is_a_table() -> None:
     text = shown(RESULT)
     for said in ("12,544", "1,500", "8.36x", "98.75 %", "-0.75 points", "5.72x", "verdict: yes"):
         assert said in text
@@ -440,18 +457,18 @@ def test_result_is_a_table():
     assert "masked vs sliced 7.3e-16" in text and "onnx" not in text
 
 
-def test_a_result_without_metrics_still_shows():
+def test_a_result_without_metrics_still_shows() -> None:
     bare = {**RESULT, "verdict": False, "sliced": {**RESULT["sliced"], "metric": None}}
     text = shown(bare)
     assert "verdict: no" in text and "points" not in text
 
 
-def test_deploy_shows_the_result_inside():
+def test_deploy_shows_the_result_inside() -> None:
     text = shown({"verdict": True, "prune": RESULT, "bench": {"percentiles_ms": {"p50": 0.25}, "schema": 1}})
     assert "8.36x" in text and "p50: 0.25" in text and "schema" not in text
 
 
-def test_inspect_lists_convolutions():
+def test_inspect_lists_convolutions() -> None:
     layer = {"name": "conv1", "in_channels": 1, "out_channels": 16, "area": 64, "volume": 1024}
     layer |= {"flops": 18432, "params": 144, "gated": True, "reason": ""}
     frozen = {**layer, "name": "head", "gated": False, "reason": "an output"}
@@ -465,11 +482,11 @@ def test_inspect_lists_convolutions():
     ("value", "text"),
     [(None, "-"), (1234567, "1,234,567"), (1568.0, "1,568"), (0.12345, "0.1235"), (12345.678, "12,345.68"), ("a", "a")],
 )
-def test_number(value, text):
+def test_number(value: object, text: str) -> None:
     assert show.number(value) == text
 
 
-def test_progress_writes_a_line_per_epoch_where_there_is_no_terminal():
+def test_progress_writes_a_line_per_epoch_where_there_is_no_terminal() -> None:
     out = io.StringIO()
     record = {"step": 10, "epoch": 1, "phase": "prune", "loss": 1.25, "metric": None, "volume": 1500, "budget": 1600.4}
     with Terminal(Console(file=out, width=200)) as progress:
@@ -481,7 +498,7 @@ def test_progress_writes_a_line_per_epoch_where_there_is_no_terminal():
     assert lines == ["prune 1/2     loss 1.250  metric 50.00%  V 1,500  b 1,600  42 gates open"]
 
 
-def test_progress_on_a_terminal_shows_the_step_and_the_time_left():
+def test_progress_on_a_terminal_shows_the_step_and_the_time_left() -> None:
     out = io.StringIO()
     record = {"step": 10, "epoch": 1, "phase": "prune", "loss": 1.25, "volume": 1500, "budget": 1600.4}
     with Terminal(Console(file=out, width=200, force_terminal=True)) as progress:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bar_edge.bench import bench_onnx
+from bar_edge.bench import Measurement, bench_onnx
 from bar_edge.latency_budget import profile_device as profiling
 from bar_edge.latency_budget.engine_prices import Sample, fitted_prices, layer_samples
 from bar_edge.pipeline import profile
@@ -114,7 +115,7 @@ def test_the_table_of_a_pretended_tensorrt(
     monkeypatch.setattr(profiling, "ENGINES", 6)
     calls: list[tuple[int, bool]] = []
 
-    def noted(files: list[Path], **options):
+    def noted(files: list[Path], **options: Any) -> list[Measurement]:
         found = bench_onnx(files, **options)
         cache = next(Path(options["caches"]).glob("timing-*.cache")).read_bytes()
         calls.append((len(files), bool(options.get("layers"))))

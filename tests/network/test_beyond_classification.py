@@ -3,12 +3,15 @@
 import dataclasses
 import itertools
 import textwrap
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from bar_edge.config import DistillConfig, TrainConfig
-from bar_edge.data import load_data
+from bar_edge.data import DataSource, Split, load_data
 from bar_edge.data.augment import move
 from bar_edge.data.memory import MemorySplit, Pixels
 from bar_edge.data.readers import read_digits
@@ -24,26 +27,26 @@ from benchmarks import beyond_classification as beyond
 CPU = {"device": "cpu", "precision": "fp32"}
 
 
-def small_masks():
+def small_masks() -> tuple[beyond.Canvases, beyond.Canvases]:
     return beyond.masks(80, 16)
 
 
-def small_grids():
+def small_grids() -> tuple[beyond.Canvases, beyond.Canvases]:
     return beyond.grids(80, 16)
 
 
 class Notes(NoProgress):
-    def __init__(self):
-        self.notes = []
+    def __init__(self) -> None:
+        self.notes: list[str] = []
 
-    def note(self, text):
+    def note(self, text: str) -> None:
         self.notes.append(text)
 
 
 # --- canvases
 
 
-def test_canvases_are_seeded_and_masks_and_grids_tell_the_same():
+def test_canvases_are_seeded_and_masks_and_grids_tell_the_same() -> None:
     first, again = beyond.canvases(6, 3), beyond.canvases(6, 3)
     for canvas, same in zip(itertools.chain(*first), itertools.chain(*again), strict=True):
         assert torch.equal(canvas.image, same.image) and torch.equal(canvas.mask, same.mask)
@@ -64,7 +67,7 @@ def test_canvases_are_seeded_and_masks_and_grids_tell_the_same():
         assert not left.any()
 
 
-def test_test_canvases_hold_digits_that_no_training_canvas_holds():
+def test_test_canvases_hold_digits_that_no_training_canvas_holds() -> None:
     raw = read_digits()
     train, test = ({bytes(d.flatten().tolist()) for d in part} for part in (raw.train, raw.test))
     assert train.isdisjoint(test)
@@ -78,7 +81,7 @@ def test_test_canvases_hold_digits_that_no_training_canvas_holds():
 # --- average precision
 
 
-def plain_ap(outputs, targets):
+def plain_ap(outputs: tuple[Tensor, Tensor], targets: dict[str, Tensor]) -> float:
     """Greedy matching, image by image, and the area under the monotone precision: as the textbooks say it."""
     logits, sides = outputs
     probability = logits.flatten(2).softmax(1)
@@ -110,13 +113,13 @@ def plain_ap(outputs, targets):
     return sum(areas) / len(areas)
 
 
-def overlap(a, b):
+def overlap(a: list[float], b: list[float]) -> float:
     common = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
     both = [max(0, x[2] - x[0]) * max(0, x[3] - x[1]) for x in (a, b)]
     return common / (sum(both) - common) if common else 0.0
 
 
-def detections(noise, images=12, seed=0):
+def detections(noise: float, images: int = 12, seed: int = 0) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
     """Return outputs near the truth, many of them wrong, and the targets, with scores far apart."""
     generator = torch.Generator().manual_seed(seed)
     grids = [beyond.grid_target(c) for c in beyond.canvases(images, 1)[0]]
@@ -132,7 +135,7 @@ def detections(noise, images=12, seed=0):
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1, 0.3])
-def test_average_precision_is_the_plain_one(noise):
+def test_average_precision_is_the_plain_one(noise: float) -> None:
     task = beyond.Detection()
     outputs, targets = detections(noise)
     exact = plain_ap(outputs, targets)
@@ -141,7 +144,7 @@ def test_average_precision_is_the_plain_one(noise):
     assert task.value(task.metric(outputs, targets)) == pytest.approx(exact, abs=0.003)
 
 
-def test_average_precision_does_not_depend_on_the_cut_into_batches():
+def test_average_precision_does_not_depend_on_the_cut_into_batches() -> None:
     task = beyond.Detection()
     outputs, targets = detections(0.2)
     whole = task.metric(outputs, targets)
@@ -150,7 +153,7 @@ def test_average_precision_does_not_depend_on_the_cut_into_batches():
     assert torch.equal(whole, sum(cut))
 
 
-def test_average_precision_of_the_truth_is_one_and_of_nothing_zero():
+def test_average_precision_of_the_truth_is_one_and_of_nothing_zero() -> None:
     task = beyond.Detection()
     (_, _), targets = detections(0.0)
     right = 40 * torch.nn.functional.one_hot(targets["class"], beyond.KINDS + 1).permute(0, 3, 1, 2).float()
@@ -165,7 +168,7 @@ def test_average_precision_of_the_truth_is_one_and_of_nothing_zero():
 @pytest.mark.parametrize(
     ("name", "data", "distilled"), [("segmentation", "small_masks", True), ("detection", "small_grids", False)]
 )
-def test_pruned_within_the_budget(tmp_path, name, data, distilled):
+def test_pruned_within_the_budget(tmp_path: Path, name: str, data: str, distilled: bool) -> None:
     config = dataclasses.replace(
         beyond.RUNS[name],
         data=f"{__file__}:{data}",
@@ -191,7 +194,7 @@ def test_pruned_within_the_budget(tmp_path, name, data, distilled):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", beyond.RUNS)
-def test_pruned_networks_keep_what_they_learnt(tmp_path, name):
+def test_pruned_networks_keep_what_they_learnt(tmp_path: Path, name: str) -> None:
     figures = beyond.figures(beyond.RUNS[name], tmp_path / "run")
     assert figures["within"] and figures["volume_factor"] >= 4
     assert figures["dense"] > 0.6 and figures["drop_points"] <= 3
@@ -221,23 +224,23 @@ USER = """
 
 
 @pytest.fixture
-def user(tmp_path, monkeypatch):
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "own_targets.py").write_text(textwrap.dedent(USER), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return str(tmp_path / "own_targets.py")
 
 
-def batches(split, **options):
+def batches(split: Split, **options: Any) -> list[tuple[Tensor, Any]]:
     defaults = {"batch": 7, "train": True, "seed": 0, "epoch": 0, "device": "cpu"}
     return list(split.batches(**defaults | options))
 
 
-def levels(images, source):
+def levels(images: Tensor, source: DataSource) -> Tensor:
     return (images[:, 0, 0, 0] * source.std[0] + source.mean[0]).mul(255).round()
 
 
 @pytest.mark.parametrize("limit", [2**30, 0])
-def test_structured_targets_stay_with_their_images(user, limit):
+def test_structured_targets_stay_with_their_images(user: str, limit: int) -> None:
     source = load_data(f"{user}:pair", memory_limit_bytes=limit, workers=0)
     assert source.classes == () and len(source.fit) + len(source.held_out) == 20
     for images, (kinds, boxes) in batches(source.fit) + batches(source.test, train=False):
@@ -250,25 +253,25 @@ def test_structured_targets_stay_with_their_images(user, limit):
     assert targets["inner"][1].shape == (6, 8, 8) and targets["number"].tolist() == [0, 1, 2, 0, 1, 2]
 
 
-def test_a_tuple_of_numbers_is_one_vector(user):
+def test_a_tuple_of_numbers_is_one_vector(user: str) -> None:
     ((_, boxes),) = batches(load_data(f"{user}:box").test, train=False)
     assert boxes[3].tolist() == [3, 3, 4.5, 5]
 
 
 @pytest.mark.parametrize("name", ["ragged", "other"])
-def test_targets_that_do_not_stack(user, name):
+def test_targets_that_do_not_stack(user: str, name: str) -> None:
     with pytest.raises(InputError, match="one shape and structure"):
         load_data(f"{user}:{name}")
 
 
-def test_masks_refuse_images_that_would_be_resized(user):
+def test_masks_refuse_images_that_would_be_resized(user: str) -> None:
     for options in ({}, {"size": 4}):
         with pytest.raises(InputError, match="no longer fit"):
             load_data(f"{user}:sizes", **options)
 
 
 @pytest.mark.parametrize("limit", [2**30, 0])
-def test_augmentation_that_structures_cannot_follow_is_refused(user, limit):
+def test_augmentation_that_structures_cannot_follow_is_refused(user: str, limit: int) -> None:
     source = load_data(f"{user}:pair", memory_limit_bytes=limit, workers=0)
     assert batches(source.fit, augment="auto") and batches(source.fit, augment="none")
     with pytest.raises(InputError, match="moved images too"):
@@ -278,7 +281,7 @@ def test_augmentation_that_structures_cannot_follow_is_refused(user, limit):
 
 
 @pytest.mark.parametrize("augment", ["crop", "flip", "crop,flip"])
-def test_masks_move_with_their_images(augment):
+def test_masks_move_with_their_images(augment: str) -> None:
     masks = torch.randint(1, 200, (12, 16, 24), generator=torch.Generator().manual_seed(0))
     images = masks[:, None].to(torch.uint8)
     split = MemorySplit(
@@ -295,14 +298,14 @@ def test_masks_move_with_their_images(augment):
 
 
 @pytest.mark.parametrize("targets", [torch.zeros(2, 8, 8), torch.zeros(2, 4, 4).long(), (torch.zeros(2),)])
-def test_only_masks_of_the_images_size_move(targets):
+def test_only_masks_of_the_images_size_move(targets: Tensor | tuple[Tensor]) -> None:
     images, corner = torch.zeros(2, 1, 8, 8), torch.zeros(2).long()
     with pytest.raises(InputError, match="flip"):
         move(images, targets, corner, corner, corner, ("flip",))
     assert move(images, targets, corner, corner, corner, ())[1] is targets
 
 
-def test_several_heads_and_no_distillation_loss_of_ones_own():
+def test_several_heads_and_no_distillation_loss_of_ones_own() -> None:
     network = beyond.Detector(5, width=4)
     pruner = BAR(network, torch.zeros(2, 1, 32, 32), budget="2x", steps=3, teacher=network, distill=DistillConfig())
     images = torch.randn(2, 1, 32, 32)
@@ -311,7 +314,7 @@ def test_several_heads_and_no_distillation_loss_of_ones_own():
         pruner.loss(outputs[0].mean(), images, outputs)
 
 
-def test_a_run_without_distillation_says_nothing_where_none_was_asked_for(tmp_path):
+def test_a_run_without_distillation_says_nothing_where_none_was_asked_for(tmp_path: Path) -> None:
     config = dataclasses.replace(
         beyond.RUNS["detection"],
         data=f"{__file__}:small_grids",

@@ -69,7 +69,7 @@ def test_a_grouped_layer_that_is_called_twice_counts_what_is_read() -> None:
     body = lambda s, x: s.h(s.g(s.g(s.a(x))))  # noqa: E731
     module = Net(body, a=conv(3, 8, groups=1), g=conv(8, 8, groups=2), h=conv(8, 2))
     _, network, _ = traced(module)
-    kept = {"a": (1, 2, 5), "g": (2, 3, 6)}
+    kept: dict[str, tuple[int, ...]] = {"a": (1, 2, 5), "g": (2, 3, 6)}
     plan = ChannelPlan(network=network.fingerprint, kept=kept)
     assert count(network, plan) == count(check(module, kept))
 

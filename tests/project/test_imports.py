@@ -86,7 +86,7 @@ def allowed(importer: str, imported: str) -> bool:
     return RANK[imported] < RANK[importer]
 
 
-def test_imports_run_one_way(repository):
+def test_imports_run_one_way(repository: Path) -> None:
     wrong = []
     for module, path in files(repository):
         importer = part_of(module)
@@ -113,11 +113,11 @@ def test_imports_run_one_way(repository):
         ("bar_edge.pipeline", "bar_edge_cli", False),
     ],
 )
-def test_the_rule_itself(importer, imported, expected):
+def test_the_rule_itself(importer: str, imported: str, expected: bool) -> None:
     assert allowed(importer, imported) is expected
 
 
-def test_reads_every_kind_of_import(tmp_path):
+def test_reads_every_kind_of_import(tmp_path: Path) -> None:
     file = tmp_path / "a.py"
     file.write_text(
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from bar_edge.report import page\n"
@@ -142,7 +142,7 @@ def help_in_a_process(*command: str, then: str = "sys.exit(code)") -> subprocess
 
 
 @pytest.mark.parametrize("command", [(), ("prune",), ("deploy",), ("doctor",)])
-def test_help_loads_no_torch(command):
+def test_help_loads_no_torch(command: tuple[str, ...]) -> None:
     heavy = "print('HEAVY', {'torch', 'onnx', 'onnxruntime', 'matplotlib', 'numpy', 'sklearn'} & set(sys.modules))"
     done = help_in_a_process(*command, "--help", then=heavy)
     assert done.returncode == 0, done.stderr

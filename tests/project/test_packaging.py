@@ -1,12 +1,14 @@
 """The wheel holds what it should: four packages, their data, their types, their extras."""
 
 import email
+import email.message
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ ROOTS = {"bar_edge": "", "bar_edge_cli": "cli", "bar_edge_kernels": "kernels", "
 
 
 @pytest.fixture(scope="module")
-def wheel(repository, tmp_path_factory):
+def wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
     pytest.importorskip("build", reason="the extra [test] is not installed")
     # built from a copy: a build leaves folders behind, and other tests read the tree meanwhile
     source = tmp_path_factory.mktemp("source") / "tree"
@@ -35,17 +37,17 @@ def wheel(repository, tmp_path_factory):
         yield archive
 
 
-def metadata(wheel):
+def metadata(wheel: zipfile.ZipFile) -> email.message.Message:
     name = next(n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
     return email.message_from_bytes(wheel.read(name))
 
 
-def test_top_level_names(wheel):
+def test_top_level_names(wheel: zipfile.ZipFile) -> None:
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == set(ROOTS)
 
 
-def test_every_module_and_data_file_is_in_it(wheel, repository):
+def test_every_module_and_data_file_is_in_it(wheel: zipfile.ZipFile, repository: Path) -> None:
     expected = set()
     for package, root in ROOTS.items():
         base = repository / root
@@ -56,30 +58,30 @@ def test_every_module_and_data_file_is_in_it(wheel, repository):
     assert expected == {name for name in wheel.namelist() if ".dist-info/" not in name}
 
 
-def test_types_are_declared(wheel):
+def test_types_are_declared(wheel: zipfile.ZipFile) -> None:
     assert {f"{package}/py.typed" for package in ROOTS} <= set(wheel.namelist())
 
 
-def test_extras_and_licence(wheel):
+def test_extras_and_licence(wheel: zipfile.ZipFile) -> None:
     data = metadata(wheel)
-    assert set(data.get_all("Provides-Extra")) == {"openvino", "trt", "hf", "timm", "kernels", "test"}
+    assert set(data.get_all("Provides-Extra", [])) == {"openvino", "trt", "hf", "timm", "kernels", "test"}
     assert data["License-Expression"] == "Apache-2.0"
     assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
 
 
-def test_the_core_needs_no_extra(wheel):
-    needs = metadata(wheel).get_all("Requires-Dist")
+def test_the_core_needs_no_extra(wheel: zipfile.ZipFile) -> None:
+    needs = metadata(wheel).get_all("Requires-Dist", [])
     core = {re.split(r"[^\w-]", need)[0].lower() for need in needs if "extra ==" not in need}
     assert not core & {"openvino", "tensorrt", "transformers", "timm", "torchvision", "pytest"}
     assert {"torch", "onnxruntime", "typer"} <= core
 
 
-def test_console_script(wheel):
+def test_console_script(wheel: zipfile.ZipFile) -> None:
     name = next(n for n in wheel.namelist() if n.endswith("entry_points.txt"))
     assert "bar-edge = bar_edge_cli.main:run" in wheel.read(name).decode()
 
 
-def test_constraints_pin_every_direct_dependency(repository):
+def test_constraints_pin_every_direct_dependency(repository: Path) -> None:
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     needed = project["dependencies"] + project["optional-dependencies"]["test"]
     pins = {}

@@ -3,6 +3,9 @@
 import html.parser
 import json
 import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +23,7 @@ LAYERS = [
 ]
 
 
-def result(**changes):
+def result(**changes: object) -> dict[str, Any]:
     return {
         "schema": 1,
         "verdict": True,
@@ -53,7 +56,7 @@ def result(**changes):
     } | changes
 
 
-def lines():
+def lines() -> Iterator[dict[str, Any]]:
     for phase, steps in (("dense", 40), ("prune", 40), ("tune", 20)):
         for step in range(10, steps + 1, 10):
             cost = {"volume": 12544 - 250 * step, "budget": 12600.0 - 250 * step} if phase == "prune" else {}
@@ -61,7 +64,7 @@ def lines():
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path: Path) -> Path:
     folder = tmp_path / "demo"
     artifact = folder / "artifacts" / "onnx-fp32"
     artifact.mkdir(parents=True)
@@ -86,25 +89,27 @@ def run(tmp_path):
 class Page(html.parser.HTMLParser):
     """Visible text, and whatever a browser would fetch."""
 
-    def __init__(self, text):
+    def __init__(self, text: str) -> None:
         super().__init__()
-        self.words, self.fetched, self.ids, self._hidden = [], [], [], False
+        self.words: list[str] = []
+        self.fetched: list[str] = []
+        self._hidden = False
         self.feed(text)
         self.text = " ".join(" ".join(self.words).split())
 
-    def handle_starttag(self, tag, attributes):
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self._hidden = tag in ("style", "script", "defs")
         for key, value in attributes:
             fetches = key in ("src", "href", "xlink:href", "srcset", "data", "action")
-            if fetches and not value.startswith(("#", "data:")):
+            if fetches and value and not value.startswith(("#", "data:")):
                 self.fetched.append(value)
 
-    def handle_data(self, data):
+    def handle_data(self, data: str) -> None:
         if not self._hidden:
             self.words.append(data)
 
 
-def test_page_says_how_the_file_was_made(run):
+def test_page_says_how_the_file_was_made(run: Path) -> None:
     manifest = {
         "precision": "int8",
         "lowering": "gather:4",
@@ -116,7 +121,7 @@ def test_page_says_how_the_file_was_made(run):
         assert said in text
 
 
-def test_page_sets_precisions_side_by_side(run):
+def test_page_sets_precisions_side_by_side(run: Path) -> None:
     manifests = {
         "onnx-int8": {
             "precision": "int8",
@@ -145,7 +150,7 @@ def test_page_sets_precisions_side_by_side(run):
     assert sorted(rows, key=text.index) == list(rows)
 
 
-def test_page_says_what_the_files_say(run):
+def test_page_says_what_the_files_say(run: Path) -> None:
     path = write_report(run)
     assert path == run / "report.html"
     text = Page(path.read_text()).text
@@ -169,7 +174,7 @@ def test_page_says_what_the_files_say(run):
     assert "Not in this run" not in text
 
 
-def test_page_is_one_file(run):
+def test_page_is_one_file(run: Path) -> None:
     text = write_report(run).read_text()
     assert Page(text).fetched == []
     assert "<script" not in text and "@import" not in text
@@ -180,7 +185,7 @@ def test_page_is_one_file(run):
     assert [p.name for p in run.iterdir() if p.name.startswith(".")] == []
 
 
-def test_page_escapes_what_it_was_given(run):
+def test_page_escapes_what_it_was_given(run: Path) -> None:
     data = result(model="<script>alert(1)</script>", versions={"a": '"><img src=x>'})
     data["metric"]["name"] = "acc<b>"
     data["layers"] = [{**LAYERS[0], "name": "<i>x</i>"}]
@@ -189,7 +194,7 @@ def test_page_escapes_what_it_was_given(run):
     assert "<script" not in text and "<img" not in text and "<i>" not in text and "<b>" not in text
 
 
-def test_missing_parts_are_said_to_be_missing(tmp_path):
+def test_missing_parts_are_said_to_be_missing(tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     data = result(parity={"masked_vs_sliced": None, "sliced_vs_onnx": None}, versions={})
@@ -204,7 +209,7 @@ def test_missing_parts_are_said_to_be_missing(tmp_path):
     assert "None" not in text and "nan" not in text
 
 
-def test_missed_budget_and_verdict_are_shown(run):
+def test_missed_budget_and_verdict_are_shown(run: Path) -> None:
     data = result(verdict=False, max_drop=0.25)
     (run / "result.json").write_text(json.dumps(data))
     assert (
@@ -217,7 +222,7 @@ def test_missed_budget_and_verdict_are_shown(run):
     assert "✗ missed" in text and "Verdict of the whole run" not in text
 
 
-def test_comparison(run, tmp_path):
+def test_comparison(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "result.json").write_text(json.dumps(result(method="random", seed=4)))
@@ -236,7 +241,7 @@ def test_comparison(run, tmp_path):
         ("metrics.jsonl", '{"step": 1}\nnot json\n', "metrics.jsonl"),
     ],
 )
-def test_damaged_files_are_named_and_the_old_page_stays(run, name, content, said):
+def test_damaged_files_are_named_and_the_old_page_stays(run: Path, name: str, content: str | None, said: str) -> None:
     before = write_report(run).read_bytes()
     if content is None:
         (run / name).unlink()
@@ -247,23 +252,24 @@ def test_damaged_files_are_named_and_the_old_page_stays(run, name, content, said
     assert (run / "report.html").read_bytes() == before
 
 
-def test_a_place_that_cannot_be_written(run, tmp_path):
+def test_a_place_that_cannot_be_written(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a place to write"):
         write_report(run, tmp_path / "none" / "report.html")
 
 
-def test_removed_blocks():
+def test_removed_blocks() -> None:
     assert removed_blocks(LAYERS) == ["layer1.0", "layer2.0.conv2"]
     assert removed_blocks(LAYERS[:1]) == []
 
 
-def test_steps_of_phases_follow_each_other():
+def test_steps_of_phases_follow_each_other() -> None:
     placed = [x for x, _ in plots._with_steps(list(lines()))]
     assert placed == [10, 20, 30, 40, 50, 60, 70, 80, 90, 100]
 
 
-def test_figures_take_their_colours_from_the_page_and_repeat():
+def test_figures_take_their_colours_from_the_page_and_repeat() -> None:
     drawn = plots.widths(LAYERS)
+    assert drawn is not None
     assert "currentColor" in drawn and "var(--one)" in drawn
     # none of the stand-in colours is left: #010101 to #050505
     assert not re.search(r"#0[1-5]0[1-5]0[1-5]", drawn)
@@ -271,18 +277,19 @@ def test_figures_take_their_colours_from_the_page_and_repeat():
     assert drawn == plots.widths(LAYERS)
 
 
-def test_long_runs_make_small_figures():
+def test_long_runs_make_small_figures() -> None:
     metrics = [{"step": i, "phase": "prune", "volume": 1e6 - i, "budget": 1e6 - i} for i in range(100_000)]
     # 500 points of each of two curves, about 20 characters a point
-    assert len(plots.budget_curve(metrics, 1e5, "activations")) < 60_000
+    drawn = plots.budget_curve(metrics, 1e5, "activations")
+    assert drawn is not None and len(drawn) < 60_000
 
 
-def test_histogram_says_what_it_leaves_out():
+def test_histogram_says_what_it_leaves_out() -> None:
     assert "(1 slower runs not drawn)" in plots.histogram([1.0, 1.1, 1.2, 1.1, 50.0])
     assert "slower" not in plots.histogram([1.0, 1.0, 1.0])
 
 
-def test_percentiles_come_from_the_records(run):
+def test_percentiles_come_from_the_records(run: Path) -> None:
     samples = [float(i) for i in range(1, 101)]
     latency = Latency(name="a", samples_ms=tuple(samples), warmup_runs=0, batch=1, environment={})
     file = run / "artifacts" / "onnx-fp32" / "bench-onnxruntime-cpu-t1-b1.json"

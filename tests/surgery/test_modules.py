@@ -99,7 +99,8 @@ def test_packing_is_known(kind: type[nn.Module]) -> None:
     inner = nn.Conv2d(8, 8, 3, padding=1) if kind is nn.Conv2d else EXAMPLES[kind][1]()
     module = nn.Sequential(nn.Conv2d(3, 8, 1), inner, nn.ReLU(), nn.Conv2d(8, 4, 2, 2)).double()
     enliven(module, seed=3).eval()
-    images, blocks = contrasting(2, 3, 4, 4), {(4, 4): (2, 2)}
+    images = contrasting(2, 3, 4, 4)
+    blocks: dict[tuple[int, ...], tuple[int, int]] = {(4, 4): (2, 2)}
     network = trace(module, images)
     (node,) = [n for n in network.nodes if type(network.module_of(n)) is kind and str(n.target)[0] not in "03"]
     assert (node in packable(network, blocks)) == (kind in PACKED)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any, Protocol
 
 import onnx
 import pytest
@@ -82,11 +83,21 @@ def trtexec(tmp_path: Path) -> Path:
     return program
 
 
+class Device(Protocol):
+    """Runs a program on a machine with a pretended TensorRT and without bar_edge; a world of None: none at all."""
+
+    def __call__(
+        self, *command: str, cwd: Path, world: dict[str, Any] | None = None, **variables: str
+    ) -> subprocess.CompletedProcess[str]: ...
+
+
 @pytest.fixture
-def device(site: Path, trtexec: Path):
+def device(site: Path, trtexec: Path) -> Device:
     """A machine with a pretended TensorRT and without bar_edge; returns how to run a program there."""
 
-    def run(*command: str, cwd: Path, world: dict | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        *command: str, cwd: Path, world: dict[str, Any] | None = None, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **variables}
         if world is None:
             environment |= {"PYTHON": "/nonexistent"}
@@ -146,7 +157,7 @@ def test_a_rejected_graph_makes_no_bundle(artifact: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("version", ["10.3", "11.4"])
-def test_build_with_python_compares_and_measures(version: str, bundle: Path, device) -> None:
+def test_build_with_python_compares_and_measures(version: str, bundle: Path, device: Device) -> None:
     done = device("sh", "build.sh", cwd=bundle, world={"version": version})
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
@@ -159,7 +170,7 @@ def test_build_with_python_compares_and_measures(version: str, bundle: Path, dev
     assert json.loads((bundle / "model.engine.json").read_text())["rebuild"] == "sh build.sh"
 
 
-def test_a_fast_but_wrong_engine_is_removed(bundle: Path, device) -> None:
+def test_a_fast_but_wrong_engine_is_removed(bundle: Path, device: Device) -> None:
     done = device("sh", str(bundle / "build.sh"), cwd=bundle.parent, world={"wrong_by": 5.0})
     assert done.returncode == 1, done.stderr
     assert json.loads(done.stdout)["models"][0]["parity"]["within"] is False and "something else" in done.stderr
@@ -175,7 +186,9 @@ def test_a_fast_but_wrong_engine_is_removed(bundle: Path, device) -> None:
         ({"wrong_by": float("nan")}, 1, "error None"),
     ],
 )
-def test_what_goes_wrong_on_the_device_is_said(world, code: int, said: str, bundle: Path, device) -> None:
+def test_what_goes_wrong_on_the_device_is_said(
+    world: dict[str, Any], code: int, said: str, bundle: Path, device: Device
+) -> None:
     done = device("sh", "build.sh", cwd=bundle, world=world)
     assert done.returncode == code, done.stderr
     assert said in done.stderr and "Traceback" not in done.stderr
@@ -184,7 +197,7 @@ def test_what_goes_wrong_on_the_device_is_said(world, code: int, said: str, bund
 
 @pytest.mark.parametrize("version", ["100300", "101601", "110400", "11.1.0.106"])
 @pytest.mark.parametrize("forced", [True, False])
-def test_build_with_trtexec(version: str, forced: bool, bundle: Path, device) -> None:
+def test_build_with_trtexec(version: str, forced: bool, bundle: Path, device: Device) -> None:
     (bundle / "model.engine.json").write_text("of an older engine")
     world = {"version": "10.3"} if forced else None
     done = device("sh", "build.sh", cwd=bundle, world=world, TRTEXEC="fake", FAKE_TRTEXEC=version)
@@ -197,7 +210,7 @@ def test_build_with_trtexec(version: str, forced: bool, bundle: Path, device) ->
     assert "--optShapes=input:4x1x8x8" in arguments and "--memPoolSize=workspace:512" in arguments
 
 
-def test_trtexec_failures_are_said(bundle: Path, device) -> None:
+def test_trtexec_failures_are_said(bundle: Path, device: Device) -> None:
     done = device("sh", "build.sh", cwd=bundle, TRTEXEC="fake", FAKE_FAIL="Error Code 10: Internal Error")
     assert done.returncode == 2 and "Error Code 10" in done.stderr and not (bundle / "model.engine").exists()
     done = device("sh", "build.sh", cwd=bundle, TRTEXEC="fake", FAKE_TRTEXEC="8601")
@@ -215,7 +228,9 @@ ALL = EngineOptions(
     ("options", "versions"),
     [(ALL, ("100300", "110400")), (EngineOptions(hardware="same-compute-capability"), ("110400",))],
 )
-def test_every_option_is_spelled_as_documented(options: EngineOptions, versions, bundle: Path, device) -> None:
+def test_every_option_is_spelled_as_documented(
+    options: EngineOptions, versions: tuple[str, ...], bundle: Path, device: Device
+) -> None:
     inputs = [{"name": "input_0", "shape": ["batch", 3, 4]}, {"name": "input_1", "shape": ["batch", 7]}]
     (bundle / "build.sh").write_text(build_script(inputs, options))
     for version in versions:

@@ -5,7 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +18,7 @@ from onnx.reference import ReferenceEvaluator
 from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
 from bar_edge.targets.tensorrt import cuda
 from bar_edge.targets.tensorrt.build import build
-from bar_edge.targets.tensorrt.engine import Gpu, foreign, load, manifest_path
+from bar_edge.targets.tensorrt.engine import foreign, load, manifest_path
 from bar_edge.targets.tensorrt.options import EngineOptions
 from tests.targets.fake_tensorrt import COMPUTE_MS, D2H_MS, H2D_MS, SURFACE, FakeDriver, World, fits, make_tensorrt
 from tests.targets.tensorrt_surface import WHEELS, download
@@ -43,11 +45,15 @@ def onnx_file(tmp_path: Path) -> Path:
     return tmp_path / "model.onnx"
 
 
+#: makes a world, and puts a driver and a TensorRT of it in the place of the real ones
+Pretend = Callable[..., tuple[World, FakeDriver]]
+
+
 @pytest.fixture
-def pretend(monkeypatch: pytest.MonkeyPatch):
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Pretend:
     """Install a stand-in for TensorRT and the driver; returns both notes."""
 
-    def install(**settings) -> tuple[World, FakeDriver]:
+    def install(**settings: Any) -> tuple[World, FakeDriver]:
         world = World(**settings)
         driver = FakeDriver(world)
         monkeypatch.setattr(cuda, "load_libcuda", lambda: driver)
@@ -58,11 +64,13 @@ def pretend(monkeypatch: pytest.MonkeyPatch):
 
 
 def reference(path: Path, images: np.ndarray) -> np.ndarray:
-    return ReferenceEvaluator(str(path)).run(None, {"input": images})[0]
+    outputs = ReferenceEvaluator(str(path)).run(None, {"input": images})
+    assert isinstance(outputs, list)
+    return outputs[0]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_builds_and_runs_in_every_version(version: str, onnx_file: Path, tmp_path: Path, pretend) -> None:
+def test_builds_and_runs_in_every_version(version: str, onnx_file: Path, tmp_path: Path, pretend: Pretend) -> None:
     world, driver = pretend(version=version, warning="a weight is subnormal")
     options = EngineOptions(batch=(1, 2, 4), workspace_mib=256, timing_caches=str(tmp_path / "caches"))
     manifest = build(onnx_file, tmp_path / "model.engine", options)
@@ -86,13 +94,14 @@ def test_builds_and_runs_in_every_version(version: str, onnx_file: Path, tmp_pat
     assert layers["/conv10"] == layers["/conv1"] > layers["/add"] > 0
     np.testing.assert_allclose(engine.run([images])[0], got)  # its own graph is as it was
     timing = engine.timing
+    assert timing is not None
     assert (timing.h2d, timing.compute, timing.d2h) == (H2D_MS, COMPUTE_MS, D2H_MS)
     assert timing.total > timing.enqueue > 0
     assert len(driver.host_memory) == len(driver.device_memory) == 2, "buffers of earlier shapes were kept"
     assert {"Builder.build_serialized_network", "IExecutionContext.execute_async_v3"} <= world.used
 
 
-def test_the_stand_in_refuses_what_a_version_lacks(pretend) -> None:
+def test_the_stand_in_refuses_what_a_version_lacks(pretend: Pretend) -> None:
     import importlib
 
     pretend(version="11.4")
@@ -118,7 +127,7 @@ def test_signatures_are_read_as_recorded() -> None:
     assert not fits("(a: str) -> X", (), {"b": "n"}, {}) and not fits("(a: bool) -> X", (1,), {}, {})
 
 
-def test_timing_caches_are_kept_per_version_and_device(onnx_file: Path, tmp_path: Path, pretend) -> None:
+def test_timing_caches_are_kept_per_version_and_device(onnx_file: Path, tmp_path: Path, pretend: Pretend) -> None:
     options = EngineOptions(timing_caches=str(tmp_path / "caches"))
     world, _ = pretend(version="10.3")
     build(onnx_file, tmp_path / "a.engine", options)
@@ -136,7 +145,7 @@ def test_timing_caches_are_kept_per_version_and_device(onnx_file: Path, tmp_path
     assert (tmp_path / "caches" / names[0]).read_bytes() == b"|timed"
 
 
-def test_a_rejected_node_is_named(onnx_file: Path, tmp_path: Path, pretend) -> None:
+def test_a_rejected_node_is_named(onnx_file: Path, tmp_path: Path, pretend: Pretend) -> None:
     pretend(unknown=frozenset({"Add"}))
     with pytest.raises(InputError) as caught:
         build(onnx_file, tmp_path / "model.engine")
@@ -164,7 +173,7 @@ def test_a_rejected_node_is_named(onnx_file: Path, tmp_path: Path, pretend) -> N
     ],
 )
 def test_a_failed_build_names_layers_shapes_and_a_remedy(
-    log: str, named: list[str], remedy: str, onnx_file: Path, tmp_path: Path, pretend
+    log: str, named: list[str], remedy: str, onnx_file: Path, tmp_path: Path, pretend: Pretend
 ) -> None:
     pretend(build_error=log)
     (tmp_path / "model.engine").write_bytes(b"old")
@@ -176,7 +185,7 @@ def test_a_failed_build_names_layers_shapes_and_a_remedy(
     assert (tmp_path / "model.engine").read_bytes() == b"old"
 
 
-def test_dla_lists_the_layers_that_fall_back(onnx_file: Path, tmp_path: Path, pretend) -> None:
+def test_dla_lists_the_layers_that_fall_back(onnx_file: Path, tmp_path: Path, pretend: Pretend) -> None:
     world, _ = pretend(dla_cores=2)
     manifest = build(onnx_file, tmp_path / "model.engine", EngineOptions(dla_core=1))
     assert manifest["dla_fallback"] == ["/sigmoid"]
@@ -186,13 +195,13 @@ def test_dla_lists_the_layers_that_fall_back(onnx_file: Path, tmp_path: Path, pr
         EngineOptions(dla_core=0, batch=(1, 1, 8))
 
 
-def test_no_dla_is_said(onnx_file: Path, tmp_path: Path, pretend) -> None:
+def test_no_dla_is_said(onnx_file: Path, tmp_path: Path, pretend: Pretend) -> None:
     pretend(version="10.16")
     with pytest.raises(EnvironmentLacks, match="0 cores that TensorRT 10.16.1.11"):
         build(onnx_file, tmp_path / "model.engine", EngineOptions(dla_core=0))
 
 
-def test_compatibility_options(onnx_file: Path, tmp_path: Path, pretend) -> None:
+def test_compatibility_options(onnx_file: Path, tmp_path: Path, pretend: Pretend) -> None:
     world, _ = pretend(version="10.3")
     options = EngineOptions(version_compatible=True, hardware="ampere+", tf32=True, optimization_level=5)
     build(onnx_file, tmp_path / "model.engine", options)
@@ -206,7 +215,7 @@ def test_compatibility_options(onnx_file: Path, tmp_path: Path, pretend) -> None
         build(onnx_file, tmp_path / "b.engine", EngineOptions(hardware="same-compute-capability"))
 
 
-def test_foreign_and_changed_engines_are_refused(onnx_file: Path, tmp_path: Path, pretend) -> None:
+def test_foreign_and_changed_engines_are_refused(onnx_file: Path, tmp_path: Path, pretend: Pretend) -> None:
     pretend(version="10.3")
     engine = tmp_path / "model.engine"
     build(onnx_file, engine, rebuild="python3 build.py")
@@ -248,17 +257,19 @@ def test_foreign_and_changed_engines_are_refused(onnx_file: Path, tmp_path: Path
         ("none", True, "10.2.0", ("Orin", "8.7"), False),
     ],
 )
-def test_which_machine_an_engine_fits(hardware, vc, version, gpu, fits_machine) -> None:
+def test_which_machine_an_engine_fits(
+    hardware: str, vc: bool, version: str, gpu: tuple[str, str], fits_machine: bool
+) -> None:
     manifest = {
         "tensorrt": "10.3.0",
         "gpu": {"name": "Orin", "compute_capability": "8.7"},
         "options": {"hardware": hardware, "version_compatible": vc},
     }
-    reason = foreign(manifest, version, Gpu(name=gpu[0], compute_capability=gpu[1], cuda="12.6"))
+    reason = foreign(manifest, version, cuda.Gpu(name=gpu[0], compute_capability=gpu[1], cuda="12.6"))
     assert (reason == "") is fits_machine
 
 
-def test_input_outside_the_batch_range_is_refused(onnx_file: Path, tmp_path: Path, pretend) -> None:
+def test_input_outside_the_batch_range_is_refused(onnx_file: Path, tmp_path: Path, pretend: Pretend) -> None:
     pretend()
     build(onnx_file, tmp_path / "model.engine", EngineOptions(batch=(1, 1, 2)))
     engine = load(tmp_path / "model.engine")
@@ -267,7 +278,7 @@ def test_input_outside_the_batch_range_is_refused(onnx_file: Path, tmp_path: Pat
             engine.run([images])
 
 
-def test_shapes_that_are_free_besides_the_batch_are_refused(onnx_file: Path, tmp_path: Path, pretend) -> None:
+def test_shapes_that_are_free_besides_the_batch_are_refused(onnx_file: Path, tmp_path: Path, pretend: Pretend) -> None:
     pretend()
     model = onnx.load(onnx_file)
     for value in (*model.graph.input, *model.graph.output):
@@ -287,19 +298,21 @@ def test_shapes_that_are_free_besides_the_batch_are_refused(onnx_file: Path, tmp
 @pytest.mark.parametrize(
     "options", [{"batch": (2, 1, 4)}, {"batch": (0, 1, 1)}, {"hardware": "volta"}, {"optimization_level": 6}]
 )
-def test_impossible_options(options) -> None:
+def test_impossible_options(options: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         EngineOptions(**options)
 
 
-def test_what_a_machine_lacks(onnx_file: Path, tmp_path: Path, pretend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_machine_lacks(
+    onnx_file: Path, tmp_path: Path, pretend: Pretend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pretend(devices=0)
     with pytest.raises(EnvironmentLacks, match="CUDA_ERROR_NO_DEVICE"):
         build(onnx_file, tmp_path / "model.engine")
     pretend(broken_driver=True)
     with pytest.raises(EnvironmentLacks, match="CUDA initialization failure"):
         build(onnx_file, tmp_path / "model.engine")
-    sys.modules["tensorrt"].__version__ = "8.6.1"
+    monkeypatch.setattr(sys.modules["tensorrt"], "__version__", "8.6.1", raising=False)
     with pytest.raises(EnvironmentLacks, match="TensorRT 10 or 11"):
         build(onnx_file, tmp_path / "model.engine")
     monkeypatch.setitem(sys.modules, "tensorrt", None)

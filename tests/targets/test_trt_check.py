@@ -1,6 +1,8 @@
 """What TensorRT rejects is found, what we export is not rejected."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,6 +29,8 @@ from bar_edge_calibration.recipe import load_recipe
 from tests.reference import randomise
 
 FLOAT = TensorProto.FLOAT
+#: of a tensor, names where it is free
+Shape = Sequence[int | str]
 FREE = ("n", "c", "h", "w")
 
 
@@ -35,7 +39,13 @@ def constant(name: str, values: object, dtype: str = "f4") -> onnx.TensorProto:
 
 
 def write(
-    path: Path, nodes: list, constants: list = (), opset: int = 18, shape=("batch", 8, 6, 6), ir: int = 8, out=None
+    path: Path,
+    nodes: Sequence[onnx.NodeProto],
+    constants: Sequence[onnx.TensorProto] = (),
+    opset: int = 18,
+    shape: Shape = ("batch", 8, 6, 6),
+    ir: int = 8,
+    out: Shape | None = None,
 ) -> Path:
     ends = [
         helper.make_tensor_value_info("x", FLOAT, shape),
@@ -162,7 +172,9 @@ def test_the_same_nodes_without_the_fault_are_accepted(tmp_path: Path) -> None:
         ("only the batch may be free", {"shape": ("batch", 8, "h", 6)}, VERSIONS),
     ],
 )
-def test_the_file_itself_is_judged(what: str, settings, versions, tmp_path: Path) -> None:
+def test_the_file_itself_is_judged(
+    what: str, settings: dict[str, Any], versions: tuple[str, ...], tmp_path: Path
+) -> None:
     found = check_onnx(write(tmp_path / "m.onnx", [node("Relu", "x")], **settings))
     assert all(finding.kind == "rejected" and what in finding.reason for finding in found)
     assert sum((finding.versions for finding in found), ()) == versions
@@ -195,7 +207,9 @@ def test_the_file_itself_is_judged(what: str, settings, versions, tmp_path: Path
         ),
     ],
 )
-def test_slow_nodes_are_told_but_accepted(what: str, nodes, constants, tmp_path: Path) -> None:
+def test_slow_nodes_are_told_but_accepted(
+    what: str, nodes: list[onnx.NodeProto], constants: list[onnx.TensorProto], tmp_path: Path
+) -> None:
     shape = ("batch", 5, 6, 6) if "5 to 7" in what else ("batch", 8, 6, 6)
     path = write(tmp_path / "m.onnx", nodes, constants, shape=shape)
     found = require_accepted(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class Inceptions:
     def __init__(self, width: float) -> None:
         self.width = width
 
-    def chain(self, inputs: int, *layers: nn.Module | tuple) -> nn.Sequential:
+    def chain(self, inputs: int, *layers: nn.Module | tuple[Any, ...]) -> nn.Sequential:
         """Return a sequence; a tuple is a conv_norm: published outputs, kernel, stride, padding."""
         made = nn.Sequential()
         for layer in layers:
@@ -88,7 +89,7 @@ class Inceptions:
             inputs = outputs_of(layer, inputs)
         return made
 
-    def branches(self, inputs: int, *branches: tuple) -> Branches:
+    def branches(self, inputs: int, *branches: tuple[Any, ...]) -> Branches:
         """Return parallel chains, each a tuple of layers."""
         return Branches(inputs, *(self.chain(inputs, *layers) for layers in branches))
 
@@ -118,7 +119,7 @@ def inception_v3(width: float) -> nn.Module:
     features = make.chain(3, (32, 3, 2, 0), (32, 3, 1, 0), (64, 3), nn.MaxPool2d(3, 2))
     features.extend(make.chain(outputs_of(features, 3), (80,), (192, 3, 1, 0), nn.MaxPool2d(3, 2)))
 
-    def add(*branches: tuple) -> None:
+    def add(*branches: tuple[Any, ...]) -> None:
         features.append(make.branches(outputs_of(features, 3), *branches))
 
     def fork() -> Branches:

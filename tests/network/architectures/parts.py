@@ -43,7 +43,9 @@ def conv_norm(
     dims: int = 2,
 ) -> nn.Sequential:
     """Convolution without bias, BatchNorm, activation; the padding keeps the size unless it is given."""
-    conv, norm = {1: (nn.Conv1d, nn.BatchNorm1d), 2: (nn.Conv2d, nn.BatchNorm2d)}[dims]
+    kinds: dict[int, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]]
+    kinds = {1: (nn.Conv1d, nn.BatchNorm1d), 2: (nn.Conv2d, nn.BatchNorm2d)}
+    conv, norm = kinds[dims]
     sides = (kernel,) * dims if isinstance(kernel, int) else kernel
     pads = tuple(side // 2 for side in sides) if padding is None else padding
     layers = [conv(inputs, outputs, sides, stride, pads, groups=groups, bias=False), norm(outputs, eps=eps)]
