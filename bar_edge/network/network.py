@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 from bar_edge.errors import InputError
 from bar_edge.files import make_folder, read_json, write_bytes, write_json
-from bar_edge.network.graph_json import FORMAT, describe, dtype_named, rebuild, tie, without_aliases
+from bar_edge.network.graph_json import FORMAT, check_size, describe, dtype_named, rebuild, tie, without_aliases
 
 if TYPE_CHECKING:
     from bar_edge.network.channels import Passages
@@ -113,8 +113,10 @@ class Network(nn.Module):
                 f"a network folder of format {FORMAT}", got=folder.name, remedy="name a folder of bar-edge"
             )
         try:
+            weights = folder / "weights.safetensors"
+            check_size(data, weights.stat().st_size)
             network = cls(*rebuild(data))
-            tensors = load_file(folder / "weights.safetensors")
+            tensors = load_file(weights)
             own = network.body.state_dict()
             missing = sorted(set(own) - set(tensors) - set(data["aliases"]))
             if missing or any(own[name].shape != tensor.shape for name, tensor in tensors.items()):
