@@ -36,6 +36,14 @@ def _option(default: Any, text: str, metavar: str = "NAME") -> Any:
     return dataclasses.field(default=default, metadata={"help": text, "metavar": metavar})
 
 
+#: help texts of options that several requests have
+_THREADS = "Threads of the runtime."
+_ON = (
+    "local, or ssh://[user@]host[:port]: a device with Python 3.8 and the runtime; "
+    "a path behind it names the Python there."
+)
+
+
 def _check_drop(points: float | None) -> None:
     if points is not None and not math.isfinite(points):
         raise InputError("max_drop: a number of percentage points", got=repr(points), consequence="nothing was started")
@@ -112,7 +120,7 @@ class ExportRequest:
         "channels as in slices:4@2x2; one for all streams, or one each with commas.",
     )
     runtime: str | None = _option(None, "What --lowering auto measures on; the target's by default.")
-    threads: int = _option(1, "Threads of the runtime.", "N")
+    threads: int = _option(1, _THREADS, "N")
     choice_seconds: float = _option(60.0, "How long --lowering auto may measure.", "S")
     with_preprocessing: bool = _option(False, "Put the normalisation into the graph, which then takes uint8.")
     data: str | None = _option(
@@ -122,12 +130,7 @@ class ExportRequest:
     max_drop: float | None = _option(
         None, "The verdict is no if the metric drops by more against fp32, in percentage points.", "POINTS"
     )
-    on: str = _option(
-        "local",
-        "local, or ssh://[user@]host[:port]: a device with Python 3.8 and the runtime; "
-        "a path behind it names the Python there.",
-        "WHERE",
-    )
+    on: str = _option("local", _ON, "WHERE")
     engine: tuple[str, ...] = _option(
         (),
         "Of a TensorRT engine: batch=1,4,8 (smallest, best, largest), dla_core, workspace_mib, "
@@ -157,7 +160,7 @@ class BenchRequest:
         "What the runtime computes in: fp32; openvino-cpu also bf16; onnxruntime-tensorrt as the file. "
         "Default: as the artifact was exported for, else fp32.",
     )
-    threads: int = _option(1, "Threads of the runtime.", "N")
+    threads: int = _option(1, _THREADS, "N")
     batch: int = _option(1, "Inputs per inference.", "N")
     seconds: float = _option(3.0, "How long to measure.", "S")
     budget: str | None = _option(None, "Judge the median by this, e.g. 8ms.", "MS")
@@ -167,12 +170,7 @@ class BenchRequest:
         "(its bench-*.json).",
         "OTHER",
     )
-    on: str = _option(
-        "local",
-        "local, or ssh://[user@]host[:port]: a device with Python 3.8 and the runtime; "
-        "a path behind it names the Python there.",
-        "WHERE",
-    )
+    on: str = _option("local", _ON, "WHERE")
 
     def __post_init__(self) -> None:
         """Raise InputError for numbers with which nothing can be measured, or a budget that is no time."""

@@ -1,12 +1,12 @@
 """Prune, then INT8: accuracy on CIFAR-10, speed beside FP32 and BF16, memory of a calibration.
 
-    python benchmarks/int8.py --files FOLDER train --data FOLDER
-    python benchmarks/int8.py --files FOLDER accuracy --data FOLDER
-    python benchmarks/int8.py --files FOLDER check
-    python benchmarks/int8.py --files FOLDER files
-    python benchmarks/int8.py --files FOLDER speed [--seconds 1]
-    python benchmarks/int8.py --files FOLDER pairs [--seconds 3]
-    python benchmarks/int8.py --files FOLDER memory [--images 64 256]
+    python -m benchmarks.int8 --files FOLDER train --data FOLDER
+    python -m benchmarks.int8 --files FOLDER accuracy --data FOLDER
+    python -m benchmarks.int8 --files FOLDER check
+    python -m benchmarks.int8 --files FOLDER files
+    python -m benchmarks.int8 --files FOLDER speed [--seconds 1]
+    python -m benchmarks.int8 --files FOLDER pairs [--seconds 3]
+    python -m benchmarks.int8 --files FOLDER memory [--images 64 256]
 
 train: the networks that results/cifar10 and results/int8 lack, a few hundred steps; pruned by the masks of masks.py.
 accuracy: the networks there and those, calibrated on 500 training images, chosen for at most .5 points on
@@ -37,7 +37,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from masks import uneven_plan
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
 from bar_edge.bench import bench_onnx, compare
@@ -58,6 +57,7 @@ from bar_edge_calibration.collect import random_images
 from bar_edge_calibration.islands import float_islands
 from bar_edge_calibration.quantize import Promise, quantize
 from bar_edge_calibration.recipe import load_recipe, recipes
+from benchmarks.masks import uneven_plan
 
 RESULTS = Path(__file__).resolve().parent / "results"
 #: networks that results/cifar10 lacks -> what each starts from (a model of the zoo or a trained network), factor, steps
@@ -409,7 +409,8 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
         export_onnx(build("resnet50", input_shape=(3, 224, 224), classes=1000).eval(), (3, 224, 224), source)
     rows = []
     for count in options.images:
-        command = [sys.executable, __file__, "--files", str(options.files), "one", "--images", str(count)]
+        command = [sys.executable, "-m", "benchmarks.int8", "--files", str(options.files)]
+        command += ["one", "--images", str(count)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         rows.append(json.loads(done.stdout))
         print(rows[-1], file=sys.stderr, flush=True)

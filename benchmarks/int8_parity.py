@@ -1,9 +1,9 @@
 """Ten INT8 files: what ONNX Runtime and OpenVINO compute on this processor, beside what the files mean.
 
-    python benchmarks/int8_parity.py --files FOLDER write --data FOLDER
-    python benchmarks/int8_parity.py --files FOLDER compare
+    python -m benchmarks.int8_parity --files FOLDER write --data FOLDER
+    python -m benchmarks.int8_parity --files FOLDER compare
     cc -O1 -shared -fPIC -o avx2_only.so tests/avx2_only.c
-    LD_PRELOAD=./avx2_only.so python benchmarks/int8_parity.py --files FOLDER compare
+    LD_PRELOAD=./avx2_only.so python -m benchmarks.int8_parity --files FOLDER compare
 
 The last run shows a processor with AVX2 alone: CPUID answers so to every library of the process. Seven networks of
 results/cifar10, and three of the zoo with random weights, two of them pruned by the masks of masks.py; calibrated on
@@ -25,7 +25,6 @@ import numpy as np
 import onnx
 import openvino
 import torch
-from masks import uneven_plan
 
 from bar_edge.data import Split, load_data
 from bar_edge.files import read_json, write_json
@@ -41,6 +40,7 @@ from bar_edge_calibration.collect import collect
 from bar_edge_calibration.graph import prepare
 from bar_edge_calibration.place import place
 from bar_edge_calibration.recipe import load_recipe
+from benchmarks.masks import uneven_plan
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TRAINED = tuple(f"resnet20_{name}_s0" for name in ("dense", "bar2", "bar4", "uniform4", "random4"))

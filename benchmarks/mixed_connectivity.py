@@ -4,7 +4,7 @@ Per cell (network, factor of the volume, seed of the mask; or a learned plan) an
 threads: "ours" is chosen among the candidates of `--lowering auto` in one measurement and judged in another,
 in turn with the regular form, the literal one (paper) and first-write order with ScatterND, then with the
 dense network. The masks are those of benchmarks/masks.py. Resumable: what results/mixed_connectivity.json
-holds is not measured again; each processor has a folder of results. Run: python benchmarks/mixed_connectivity.py
+holds is not measured again; each processor has a folder of results. Run: python -m benchmarks.mixed_connectivity
 [--results DIR] [--cells wrn-28-12] [--files DIR [--prepare]]
 [--table|--profile|--low [--seeds 3]|--modules|--full-width]
 """

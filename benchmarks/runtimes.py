@@ -1,8 +1,8 @@
 """The zoo in the runtimes and precisions that run here: does every file compute the same, what does pruning gain?
 
-    python benchmarks/runtimes.py files --files FOLDER --data CIFAR10     exports, calibrates; keeps the files
-    python benchmarks/runtimes.py parity --files FOLDER --data CIFAR10
-    python benchmarks/runtimes.py speed --files FOLDER
+    python -m benchmarks.runtimes files --files FOLDER --data CIFAR10     exports, calibrates; keeps the files
+    python -m benchmarks.runtimes parity --files FOLDER --data CIFAR10
+    python -m benchmarks.runtimes speed --files FOLDER
 
 Networks of the zoo have random weights (seed 0) and uneven random masks at a quarter of the volume; so that their
 answers mean something, BatchNorm is re-estimated on 500 training images of CIFAR-10 and the classifier fitted to 2,000
@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from masks import uneven_plan
 from torch import Tensor, nn
 
 from bar_edge.bench import bench_onnx, compare
@@ -48,6 +47,7 @@ from bar_edge_calibration.batchnorm import reestimate_batchnorm
 from bar_edge_calibration.collect import random_images
 from bar_edge_calibration.quantize import quantize
 from bar_edge_calibration.recipe import load_recipe
+from benchmarks.masks import uneven_plan
 
 RESULTS = Path(__file__).resolve().parent / "results"
 #: docs/zoo.md

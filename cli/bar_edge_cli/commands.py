@@ -51,6 +51,7 @@ _TRAINING = [
     _TRUST,
 ]
 _BUDGET_TEXT = fields(PruneRequest)["budget"].metadata["help"]
+_BENCH_BATCH = fields(BenchRequest)["batch"]  # its own name is training's
 
 
 @command(
@@ -205,7 +206,7 @@ def verify(artifact: Path) -> Answer:
     _TRAINING,
     options_of(ExportRequest, without=("data", "task", "max_drop", "runtime", "threads", "on")),
     options_of(BenchRequest, without=("precision", "batch", "budget")),
-    option("bench_batch", int, "Inputs per inference.", metavar="N", default=1),
+    option("bench_batch", int, _BENCH_BATCH.metadata["help"], metavar="N", default=_BENCH_BATCH.default),
     epilog=_SETTABLE,
 )
 def deploy(

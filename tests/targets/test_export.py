@@ -25,7 +25,8 @@ from bar_edge.surgery import slice_network
 from bar_edge.targets.onnx.file import IR_VERSION, OPSETS, Preprocessing, _clean, export_onnx, parity_onnx
 from bar_edge.targets.onnx.parity import cpu_session
 from bar_edge.targets.table import TARGETS
-from tests.network.architectures import DenseBlock, UNet
+from tests.network.architectures.concatenating import DenseBlock
+from tests.network.architectures.dense_prediction import UNet
 
 # float32 against ONNX Runtime's fused float32: issue 2 allows 1e-4, these shallow networks stay 20 times below
 TOLERANCE = 5e-6
