@@ -43,10 +43,14 @@ class Network(nn.Module):
         self.shapes, self.sizes = propagate_shapes(body, input_shapes)
 
     def forward(self, *inputs: Tensor) -> Any:
-        """Run the graph and return what the user's module returned.
+        """Run the graph and return what the user's module returned; raises InputError as `check_inputs` does."""
+        self.check_inputs(*inputs)
+        return unflatten(self.body(*inputs), self.out_spec)
 
-        Raises InputError for inputs of another shape than the trace's, the batch aside: sizes that forward
-        computes with are numbers in the graph.
+    def check_inputs(self, *inputs: Tensor) -> None:
+        """Raise InputError for inputs of another shape than the trace's, the batch aside.
+
+        Sizes that forward computes with are numbers in the graph.
         """
         for x, shape in zip(inputs, self.input_shapes, strict=False):
             if tuple(x.shape[1:]) != shape:
@@ -56,7 +60,6 @@ class Network(nn.Module):
                     consequence="its answer would be wrong without a word",
                     remedy="resize the images, or trace the network with --input of this size",
                 )
-        return unflatten(self.body(*inputs), self.out_spec)
 
     @property
     def nodes(self) -> list[fx.Node]:

@@ -173,7 +173,11 @@ class GatedNetwork(nn.Module):
         self.body = _insert(network, self.gates, sites)
 
     def forward(self, *inputs: Tensor) -> object:
-        """Run the gated graph; outputs as the user's module returns them."""
+        """Run the gated graph; outputs as the user's module returns them.
+
+        Raises InputError for inputs of another shape than the trace's, the batch aside.
+        """
+        self.layout.network.check_inputs(*inputs)
         return unflatten(self.body(*inputs), self.out_spec)
 
     def __deepcopy__(self, memo: dict[int, object]) -> GatedNetwork:
