@@ -28,7 +28,7 @@ def lower(network: Network, lowering: Lowering) -> Network:
     Raises InputError for a lowering of another number of streams.
     """
     if lowering == Lowering.paper:
-        return _literal(copy.deepcopy(network))
+        return _literal(copy.deepcopy(network).eval())
     network = folded(network)
     streams = residual_streams(network)
     forms = list(lowering.each(len(streams)))

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from bar_edge.network import Network
 from bar_edge.network.channels import ELEMENTWISE, called_again
-from bar_edge.network.graph_json import attach
+from bar_edge.network.rewriter import Rewriter
 from bar_edge.records.lowering import PLAIN, Packing
 
 aten = torch.ops.aten
@@ -83,11 +83,10 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if n is not index or n.op != "get_attr"]
 
 
-class _Packer:
+class _Packer(Rewriter):
     def __init__(self, network: Network, found: Mapping[fx.Node, Packing]) -> None:
-        self.network, self.found = network, found
-        self.root, self.graph = network.body, fx.Graph()
-        self.made: dict[fx.Node, fx.Node] = {}
+        super().__init__(network, use_up=True)
+        self.found = found
 
     def run(self) -> Network:
         for node in self.network.nodes:
@@ -96,17 +95,13 @@ class _Packer:
             if packed and isinstance(module, nn.Conv2d):
                 self.made[node] = self._convolution(node, module)
             elif packed and isinstance(module, nn.BatchNorm2d):
-                attach(self.root, str(node.target), _norm(module, math.prod(self.found[node])))
-                self.made[node] = self.graph.node_copy(node, self.made.__getitem__)
+                self.attach(str(node.target), _norm(module, math.prod(self.found[node])))
+                self.copy(node)
             elif packed and node.op == "call_function":
                 self.made[node] = self._function(node, math.prod(self.found[node]))
             else:
-                self.made[node] = self.graph.node_copy(node, self.made.__getitem__)
-        body = fx.GraphModule(self.root, self.graph)
-        body.graph.eliminate_dead_code()
-        body.delete_all_unused_submodules()
-        body.recompile()
-        return Network(body, self.network.input_shapes, self.network.out_spec).eval()
+                self.copy(node)
+        return self.finish()
 
     def _convolution(self, node: fx.Node, module: nn.Conv2d) -> fx.Node:
         (source,) = node.all_input_nodes
@@ -118,8 +113,7 @@ class _Packer:
             new.padding = (top, left)
         else:
             x = self.graph.call_function(aten.constant_pad_nd.default, (x, [left, right, top, bottom]))
-        attach(self.root, str(node.target), new)
-        return self.graph.call_module(str(node.target), (x,))
+        return self.apply(str(node.target), new, x)
 
     def _function(self, node: fx.Node, k: int) -> fx.Node:
         """Copy a function; channel i has become the channels i * k to i * k + k - 1."""
@@ -131,11 +125,8 @@ class _Packer:
             args[1] = [k * n for n in args[1]]
         elif node.target in _INDEXED:
             index = self.root.get_buffer(args[2].target)
-            attach(
-                self.root,
-                f"{node.name}_packed",
-                (k * index.reshape(-1, 1) + torch.arange(k, device=index.device)).flatten(),
-            )
+            blocks = (k * index.reshape(-1, 1) + torch.arange(k, device=index.device)).flatten()
+            self.attach(f"{node.name}_packed", blocks)
             made[args[2]] = self.graph.get_attr(f"{node.name}_packed")
         args, kwargs = fx.map_arg((args, node.kwargs), made.__getitem__)
         return self.graph.call_function(node.target, tuple(args), kwargs)

@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 
 from bar_edge.lowering.placement import Placement, plain_reader, plain_sum, residual_streams, stream_placements
 from bar_edge.network import MixedAdd, Network
-from bar_edge.network.channels import called_again
+from bar_edge.network.channels import Passage, attribute, called_again
 from bar_edge.network.graph_json import attach
+from bar_edge.network.rewriter import Rewriter
 from bar_edge.records.lowering import Form
 from bar_edge.surgery.stream_order import is_identity
 
@@ -31,41 +32,33 @@ def widen(network: Network, places: dict[fx.Node, Placement]) -> Network:
     return _Widener(network, places).run()
 
 
-class _Widener:
+class _Widener(Rewriter):
     def __init__(self, network: Network, places: dict[fx.Node, Placement]) -> None:
-        self.network, self.found, self.places = network, network.channels, places
+        super().__init__(network)
+        self.found, self.places = network.channels, places
         self.again = called_again(network)
-        self.root, self.graph = nn.Module(), fx.Graph()
-        self.made: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> Network:
         for node in self.network.nodes:
             passage, module = self.found.get(node), self.network.module_of(node)
-            kind = passage.kind if passage is not None else "opaque"
-            plain = passage is not None and plain_reader(passage, module) and str(node.target) not in self.again
-            if kind == "read" and plain and module is not None:
+            if passage is None:
+                self._copy(node, module)
+            elif passage.kind == "read" and module is not None and self._is_plain_reader(node, passage, module):
                 source = node.all_input_nodes[0]
-                attach(
-                    self.root, str(node.target), _wide_reader(module, self.places.get(node), self.places.get(source))
-                )
-                self.made[node] = self.graph.call_module(str(node.target), (self.made[source],))
-            elif kind == "add" and passage is not None and plain_sum(self.network, passage, node):
+                wide = _wide_reader(module, self.places.get(node), self.places.get(source))
+                self.made[node] = self.apply(str(node.target), wide, self.made[source])
+            elif passage.kind == "add" and plain_sum(self.network, passage, node):
                 self._add(node, [link.source for link in passage.links], [link.outputs for link in passage.links])
-            elif (
-                passage is not None
-                and is_identity(passage)
-                and self.places.get(node) == self.places.get(passage.links[0].source)
-            ):
+            elif is_identity(passage) and self.places.get(node) == self.places.get(passage.links[0].source):
                 if module is not None:
-                    attach(self.root, str(node.target), _wide_alone(module, self.places.get(node)))
-                self.made[node] = self.graph.node_copy(node, lambda n: self.made[n])
+                    self.attach(str(node.target), _wide_alone(module, self.places.get(node)))
+                self.copy(node)
             else:
                 self._copy(node, module)
-        body = fx.GraphModule(self.root, self.graph)
-        body.graph.eliminate_dead_code()
-        body.recompile()
-        body.delete_all_unused_submodules()
-        return Network(body, self.network.input_shapes, self.network.out_spec).train(self.network.training)
+        return self.finish()
+
+    def _is_plain_reader(self, node: fx.Node, passage: Passage, module: nn.Module) -> bool:
+        return plain_reader(passage, module) and str(node.target) not in self.again
 
     def _add(self, node: fx.Node, sources: list[fx.Node], outputs: list[Tensor]) -> None:
         width, out = self.found[node].width, self.places.get(node)
@@ -78,17 +71,15 @@ class _Widener:
             self.made[node] = self.graph.call_function(aten.add.Tensor, operands)
             return
         name = str(node.target) if node.op == "call_module" else node.name
-        attach(self.root, name, MixedAdd(width, positions[0], positions[1]))
-        self.made[node] = self.graph.call_module(name, operands)
+        self.made[node] = self.apply(name, MixedAdd(width, positions[0], positions[1]), *operands)
 
     def _copy(self, node: fx.Node, module: nn.Module | None) -> None:
         """Copy any other node; its inputs are cut back to what they were."""
         if module is not None:
-            attach(self.root, str(node.target), copy.deepcopy(module))
+            self.attach(str(node.target), copy.deepcopy(module))
         elif node.op == "get_attr":
-            *path, last = str(node.target).split(".")
-            attach(self.root, str(node.target), getattr(self.network.body.get_submodule(".".join(path)), last))
-        self.made[node] = self.graph.node_copy(node, self._narrow)
+            self.attach(str(node.target), attribute(self.network, node))
+        self.copy(node, self._narrow)
         assert node not in self.places or node.op == "placeholder" or self.places[node].is_whole
 
     def _narrow(self, node: fx.Node) -> fx.Node:

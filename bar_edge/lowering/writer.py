@@ -15,8 +15,8 @@ from bar_edge.lowering.placement import plain_reader, plain_sum
 from bar_edge.lowering.widen import select
 from bar_edge.network import Expand, MixedAdd, Network
 from bar_edge.network.channels import Passage, called_again
-from bar_edge.network.graph_json import attach
 from bar_edge.network.movement import MOVEMENTS
+from bar_edge.network.rewriter import Rewriter
 from bar_edge.surgery.stream_order import is_identity
 
 aten = torch.ops.aten
@@ -49,13 +49,12 @@ class Family(Protocol):
         """Return as one tensor, with its live channels, what the family keeps in another way; None if it does not."""
 
 
-class Writer:
-    """Copies a graph node by node; families of forms make what they know."""
+class Writer(Rewriter):
+    """Copies the graph of a network, which is used up, node by node; families of forms make what they know."""
 
     def __init__(self, network: Network) -> None:
-        self.network, self.found, self.again = network, network.channels, called_again(network)
-        self.root, self.graph = network.body, fx.Graph()
-        self.made: dict[fx.Node, fx.Node] = {}
+        super().__init__(network, use_up=True)
+        self.found, self.again = network.channels, called_again(network)
         self.families: tuple[Family, ...] = ()
 
     def run(self, *families: Family) -> Network:
@@ -67,12 +66,8 @@ class Writer:
                 if isinstance(step.module, Expand):
                     self.made[node] = self._expanded(step.module, self.live(node.all_input_nodes[0]))
                 else:
-                    self.made[node] = self.graph.node_copy(node, self.live)
-        body = fx.GraphModule(self.root, self.graph)
-        body.graph.eliminate_dead_code()
-        body.delete_all_unused_submodules()
-        body.recompile()
-        return Network(body, self.network.input_shapes, self.network.out_spec).eval()
+                    self.copy(node, self.live)
+        return self.finish()
 
     def _step(self, node: fx.Node) -> Step:
         passage = self.found.get(node)
@@ -104,15 +99,10 @@ class Writer:
         """Append an operator."""
         return self.graph.call_function(target, args)
 
-    def apply(self, name: str, module: nn.Module, x: fx.Node) -> fx.Node:
-        """Append a module under a name of its own."""
-        attach(self.root, name, module)
-        return self.graph.call_module(name, (x,))
-
     def index(self, positions: tuple[int, ...]) -> fx.Node:
         """Append a constant of positions."""
         name = f"index_{len(self.graph.nodes)}"
-        attach(self.root, name, torch.tensor(positions, dtype=torch.int64))
+        self.attach(name, torch.tensor(positions, dtype=torch.int64))
         return self.graph.get_attr(name)
 
     def select(self, x: fx.Node, axis: int, positions: tuple[int, ...]) -> fx.Node:

@@ -52,9 +52,7 @@ class SlicedTensors(Rewriter):
         taken = self.select(self.made[node], axis, picked, len(order))
         if len(there) == len(ids):
             return taken
-        name = self.free_name(f"expand_{node.name}")
-        self.attach(name, Expand(axis, len(ids), tuple(there)))
-        return self.graph.call_module(name, (taken,))
+        return self.apply(self.free_name(f"expand_{node.name}"), Expand(axis, len(ids), tuple(there)), taken)
 
     def select(self, x: fx.Node, axis: int, places: Tensor, width: int | None = None) -> fx.Node:
         """Return some channels of a sliced tensor: itself, a slice or a gather."""

@@ -123,7 +123,7 @@ class _Slicer(SlicedTensors):
         if module is None:
             known = {link.source: self.laid_out(link.source, ins)}
             known |= {n: self.parameter(node, n, outs) for n in node.all_input_nodes if n is not link.source}
-            self.made[node] = self.graph.node_copy(node, known.__getitem__)
+            self.copy(node, known.__getitem__)
         else:
             calls = self._calls(node)
             if len(calls) > 1:  # one module for all calls: the union of their channels
@@ -161,7 +161,7 @@ class _Slicer(SlicedTensors):
                 self.order[node] = outputs
                 self.cut_back(node)
                 return
-        self.made[node] = self.graph.node_copy(node, self.full)
+        self.copy(node, self.full)
         self.order[node] = torch.arange(self.found[node].width)
         self.cut_back(node)
 
@@ -222,7 +222,7 @@ class _Slicer(SlicedTensors):
                 wanted = torch.cat([own.inputs[ids] for own in passage.links])
             known[link.source] = self.laid_out(link.source, wanted)
         known |= {n: self.parameter(node, n, ids) for n in node.all_input_nodes if n not in known}
-        self.made[node] = self.graph.node_copy(node, known.__getitem__)
+        self.copy(node, known.__getitem__)
         self.order[node] = ids
 
     def _add(self, node: fx.Node, links: list[Link]) -> None:
@@ -243,8 +243,7 @@ class _Slicer(SlicedTensors):
         if b == tuple(range(len(b))) and a != tuple(range(len(a))):  # the stream first, what is added second
             a, b, operands = b, a, operands[::-1]
         name = self.free_name(node.name) if node.op == "call_function" else str(node.target)
-        self.attach(name, MixedAdd(len(ids), a, b))
-        self.order[node], self.made[node] = ids, self.graph.call_module(name, tuple(operands))
+        self.order[node], self.made[node] = ids, self.apply(name, MixedAdd(len(ids), a, b), *operands)
 
     # ------------------------------------------------------------------------------------- helpers
 

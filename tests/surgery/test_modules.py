@@ -2,11 +2,12 @@
 
 Parts: build (the trace makes it), settings (a file holds it), passage (channels pass through it), cut (slicing equals
 masking), count (its parameters, before and after), price (a latency table has a place for it), widen (a lowering
-equals it).
+equals it), pack (blocks of pixels go through it as channels, or are not made where it stands).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bar_edge.lowering.lower import lower
+from bar_edge.lowering.packing import pack, packable
 from bar_edge.network import Network, count, trace
 from bar_edge.network.channels import LEAVES
 from bar_edge.network.graph_json import MODULES
@@ -63,6 +65,8 @@ EXAMPLES: dict[type[nn.Module], tuple[int, Callable[[], nn.Module]]] = {
     nn.Dropout2d: (2, nn.Dropout2d),
     nn.Dropout3d: (3, nn.Dropout3d),
 }
+#: those of images of two axes that take blocks of pixels as channels
+PACKED = {nn.Conv2d, nn.BatchNorm2d, nn.Dropout}
 
 
 def test_every_type_of_a_network_file_has_an_example() -> None:
@@ -88,3 +92,15 @@ def test_every_part_of_a_module_is_known(kind: type[nn.Module], tmp_path: Path) 
     assert difference(masked_answer(module, plan.kept, images), sliced(images)) < 1e-12  # 1e-16 per layer
     assert count(sliced) == count(network, plan) and count(sliced).params < count(network).params
     assert difference(sliced(images), lower(sliced, Lowering.parse("regular:4"))(images)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (dims, _) in EXAMPLES.items() if dims == 2])
+def test_packing_is_known(kind: type[nn.Module]) -> None:
+    inner = nn.Conv2d(8, 8, 3, padding=1) if kind is nn.Conv2d else EXAMPLES[kind][1]()
+    module = nn.Sequential(nn.Conv2d(3, 8, 1), inner, nn.ReLU(), nn.Conv2d(8, 4, 2, 2)).double()
+    enliven(module, seed=3).eval()
+    images, blocks = contrasting(2, 3, 4, 4), {(4, 4): (2, 2)}
+    network = trace(module, images)
+    (node,) = [n for n in network.nodes if type(network.module_of(n)) is kind and str(n.target)[0] not in "03"]
+    assert (node in packable(network, blocks)) == (kind in PACKED)
+    assert difference(network(images), pack(copy.deepcopy(network), blocks)(images)) < 1e-12

@@ -32,7 +32,7 @@ class Paper:
             if step.keeps:  # an activation on the stream, idempotent on what was not written
                 self.whole[step.node] = self.w.graph.node_copy(step.node, lambda n: self.whole[n])
             else:
-                self.w.made[step.node] = self.w.graph.node_copy(step.node, self.w.live)
+                self.w.copy(step.node, self.w.live)
         else:
             return False
         return True
