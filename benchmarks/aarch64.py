@@ -155,7 +155,7 @@ def main() -> None:
     torch.set_num_threads(1)
     options.cache.mkdir(parents=True, exist_ok=True)
     emulated = prepare(options.cache.resolve())
-    rows = []
+    rows: list[dict[str, Any]] = []
     for bundle in make_bundles(options.kept, options.data, options.cache.resolve() / "bundles"):
         here, there = run([sys.executable], bundle), run(emulated, bundle)
         rows.append(

@@ -15,6 +15,5 @@ for _ in range(200):
     start = time.perf_counter()
     normalise(crop_and_flip(images, draws.rows, draws.columns, draws.flip, ("crop", "flip")), (0.5,) * 3, (0.2,) * 3)
     seconds.append(time.perf_counter() - start)
-low, _, high = statistics.quantiles(seconds, n=4)
-median = statistics.median(seconds)
+low, median, high = statistics.quantiles(seconds, n=4)
 print(f"{128 / median:,.0f} images/s (quartiles {128 / high:,.0f} to {128 / low:,.0f}), batch 128, n = {len(seconds)}")

@@ -133,10 +133,11 @@ class Bed:
 
     def measured(self, out: Path, row: dict[str, Any]) -> float:
         """Export a run in the table's form; return its latency in ms, measured in turn with the latency-trained one."""
-        exported = export_run(out, ExportRequest(lowering=self.lowering))
+        exported = export_run(out, ExportRequest(lowering=str(self.lowering)))
         files = [Path(exported["artifact"]), self.work / f"ms-{row['budget_ms']:g}" / "artifacts" / "onnx-fp32"]
         pairs = [bench_onnx(files, seconds=self.seconds) for _ in range(3)]
-        return row["achieved"] * sorted(median_ms(own) / median_ms(other) for own, other in pairs)[1]
+        ms: float = row["achieved"] * sorted(median_ms(own) / median_ms(other) for own, other in pairs)[1]
+        return ms
 
     def cut(self, metric: str, trained: dict[str, Any], row: dict[str, Any]) -> list[dict[str, Any]]:
         """Cut a trained network anew by its scores until the latency is that of the latency-trained one."""

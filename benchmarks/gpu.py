@@ -53,7 +53,7 @@ def graphed(module: nn.Module, images: Tensor) -> Callable[[], object]:
     if images.device.type == "cpu":
         return torch.inference_mode()(lambda: module(images))
     with torch.inference_mode():
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # kernels are chosen before the graph is recorded
             for _ in range(5):
@@ -77,7 +77,8 @@ def time_torch(networks: dict[str, Network], batch: int, seconds: float, device:
     ready = images.to(device, dtype).contiguous(memory_format=torch.channels_last)
     runs, parities = [], []
     for network in networks.values():
-        module = copy.deepcopy(network).to(device, dtype).to(memory_format=torch.channels_last)
+        module = copy.deepcopy(network).to(device, dtype)
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         with torch.inference_mode():
             parities.append(relative_difference(network(images), module(ready).float().cpu()))
         runs.append(graphed(module, ready))

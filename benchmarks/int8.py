@@ -148,7 +148,7 @@ class Images:
             yield np.ascontiguousarray(images.numpy())
 
 
-class Reader(CalibrationDataReader):
+class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships no types
     """The same images for onnxruntime's own calibration."""
 
     def __init__(self, images: Images) -> None:
@@ -322,7 +322,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     """Measure all networks, interleaved within a network, runtime and number of threads."""
     settings = {"seed": SEED, "batch": 1, "seconds": options.seconds, "forms": [*FORMS]}
     settings["recipes"] = {runtime: names[-1] for runtime, names in INT8.items()}
-    found = read_results().get("speed", {})
+    found: dict[str, Any] = read_results().get("speed", {})
     if any(found.get(key) != value for key, value in settings.items()):
         found = {**settings, "rows": []}
     for model, (runtime, precisions), threads in itertools.product(SPEED, RUNTIMES.items(), (1, 2)):
@@ -354,7 +354,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
 
 def pairs(options: argparse.Namespace) -> dict[str, Any]:
     """Measure wrn-28-12's FP32 and INT8 files of one form in turn, nothing else in the process."""
-    rows = []
+    rows = list[dict[str, Any]]()
     for runtime, forms in PAIRS.items():
         sources = float_files("wrn-28-12", options.files, forms)
         for recipe, source in itertools.product(INT8[runtime], sources):
@@ -362,7 +362,7 @@ def pairs(options: argparse.Namespace) -> dict[str, Any]:
             fp32, int8 = bench_onnx(both, runtime=runtime, seconds=options.seconds, seed=SEED)
             volume, _, form = source.stem.partition(".")[2].partition(".")
             gain = compare(int8, fp32)
-            row = {"recipe": recipe, "volume": volume, "form": form.replace("_", ":")}
+            row: dict[str, Any] = {"recipe": recipe, "volume": volume, "form": form.replace("_", ":")}
             row |= {"fp32_ms": median_ms(fp32), "int8_ms": median_ms(int8), "times": gain.speedup}
             rows.append({**row, "low": gain.low, "high": gain.high, "runs": len(int8.samples_ms)})
     return {"network": "wrn-28-12", "seed": SEED, "batch": 1, "threads": 1, "seconds": options.seconds, "rows": rows}

@@ -19,7 +19,7 @@ import dataclasses
 import itertools
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -49,7 +49,7 @@ TRAINED += ("wrn-10-2_dense_s0", "wrn-10-2_bar4_s0")
 RANDOM = {"mobilenetv2": 1, "resnet32": 4, "wrn-16-4": 4}
 NETWORKS = (*TRAINED, *RANDOM)
 RECIPES = {"onnxruntime-cpu": "onnxruntime", "onnxruntime-amx": "onnxruntime", "openvino-cpu": "openvino"}
-BITS = (7, 8)
+BITS: tuple[Literal[7, 8], ...] = (7, 8)
 CALIBRATION, COMPARED, SEED = 128, 64, 0
 
 

@@ -20,11 +20,10 @@ import torch
 from bar_edge.bench import bench_onnx
 from bar_edge.files import read_json, write_json
 from bar_edge.latency_budget.operation_prices import undisturbed_ms
-from bar_edge.latency_budget.profile_device import export_plan, profile_network
+from bar_edge.latency_budget.profile_device import export_plan, plot_table, profile_network
 from bar_edge.methods import GateLayout
 from bar_edge.models import build
 from bar_edge.network import Network, count, trace
-from bar_edge.pipeline import plot_table
 from bar_edge.records import ChannelPlan
 from bar_edge.records.latency_table import LatencyTable
 from bar_edge.records.lowering import Lowering
@@ -77,7 +76,8 @@ def export(network: Network, plans: dict[int, ChannelPlan], prefix: Path, loweri
 
 def measure(network: Network, table: LatencyTable, seeds: range, prefix: Path) -> list[dict[str, Any]]:
     """Predict and measure one group of random plans."""
-    layout, plans, rows = GateLayout(network, table=table), plans_of(network, seeds), []
+    layout, plans = GateLayout(network, table=table), plans_of(network, seeds)
+    rows = list[dict[str, Any]]()
     for seed, plan in plans.items():
         counts = count(network, plan)
         predicted = layout.cost(plan.kept, "ms")

@@ -19,7 +19,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +212,7 @@ def operator_times_us(file: Path, runs: int = 300) -> dict[str, float]:
     for event in events:
         if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
             times[event["name"], event["args"]["op_name"]].append(event["dur"])
-    total: dict[str, float] = collections.Counter()
+    total = collections.defaultdict[str, float](float)
     for (_, operator), found in times.items():
         total[operator] += float(np.median(found))
     return total
@@ -295,7 +295,7 @@ def full_width(seeds: range = range(3)) -> str:
             dense, sliced = networks("wrn-28-12", factor, seed)
             plan = uneven_plan(dense, factor, seed)
             whole = {
-                name: tuple(range(dense.body.get_submodule(name).out_channels))
+                name: tuple(range(len(dense.body.get_parameter(f"{name}.weight"))))
                 if name == "conv1" or "shortcut" in name
                 else ids
                 for name, ids in plan.kept.items()
@@ -325,7 +325,7 @@ def modules() -> str:
     ]
     for factor in (4, 8, 16):
         _, sliced = networks("wrn-28-12", factor, 0)
-        pair = [regular_form(sliced).eval(), sliced.eval()]
+        pair: list[Callable[..., Any]] = [regular_form(sliced).eval(), sliced.eval()]
         cells = []
         for forms in (pair, [torch.compile(module) for module in pair]):
             samples: list[list[float]] = [[], []]
@@ -343,7 +343,7 @@ def modules() -> str:
 
 
 def main() -> None:
-    """Measure what is missing, write JSON and plot, print the table."""
+    """Measure what the options ask for, and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--cells", default="", help="only cells of this name, as in `wrn-28-12` or `wrn-28-12 8x seed 0`"
@@ -361,21 +361,24 @@ def main() -> None:
     parser.add_argument("--full-width", action="store_true", help="only measure the stream at its full width")
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
-    low = options.results / "mixed_connectivity_low.json"
-    for wanted, show in (
-        (options.low, lambda: low_precision(low, options.cells or "wrn-28-12", range(options.seeds))),
-        (options.modules, modules),
-        (options.full_width, full_width),
-    ):
-        if wanted:
-            print(show())
-            return
-    if options.profile:
+    if options.low:
+        low = options.results / "mixed_connectivity_low.json"
+        print(low_precision(low, options.cells or "wrn-28-12", range(options.seeds)))
+    elif options.modules:
+        print(modules())
+    elif options.full_width:
+        print(full_width())
+    elif options.profile:
         with tempfile.TemporaryDirectory() as temporary:
             print(profile(options.files or Path(temporary)))
-        return
+    else:
+        whole_files(options)
+
+
+def whole_files(options: argparse.Namespace) -> None:
+    """Measure the cells that are missing, write JSON and plot, print the table."""
     path = options.results / "mixed_connectivity.json"
-    results = read_json(path) if path.is_file() else {"cells": {}, "versions": versions()}
+    results: dict[str, Any] = read_json(path) if path.is_file() else {"cells": {}, "versions": versions()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.files or Path(temporary)
         for name, model, factor, seed in cells():

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import multiprocessing
-import sys
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -51,8 +50,10 @@ from benchmarks.masks import uneven_plan
 
 RESULTS = Path(__file__).resolve().parent / "results"
 #: docs/zoo.md
-ZOO = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "wrn-16-2", "wrn-16-4", "resnet18", "resnet50")
-ZOO += ("vgg16", "mobilenetv2", "wrn-28-10", "wrn-28-12")
+ZOO = (
+    *("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "wrn-16-2", "wrn-16-4", "resnet18", "resnet50"),
+    *("vgg16", "mobilenetv2", "wrn-28-10", "wrn-28-12"),
+)
 #: pruned and trained, of benchmarks/cifar10.py, for parity only
 TRAINED = ("resnet20_bar4_s0", "wrn-10-2_bar4_s0")
 FACTOR, SEED, BATCH = 4, 0, 100
@@ -261,4 +262,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -61,11 +61,11 @@ def unhidden(module: nn.Module) -> nn.Module:
         if tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
             low, high = (-0.2, 0.2) if tensor.flatten()[0] == 0 else (0.5, 1.5)
             tensor.uniform_(low, high)
-    for name, tensor in module.named_buffers():
+    for name, buffer in module.named_buffers():
         if name.endswith("running_mean"):
-            tensor.uniform_(-0.2, 0.2)
+            buffer.uniform_(-0.2, 0.2)
         elif name.endswith("running_var"):
-            tensor.uniform_(0.5, 1.5)
+            buffer.uniform_(0.5, 1.5)
     return module
 
 

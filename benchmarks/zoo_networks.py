@@ -21,9 +21,9 @@ def _row(side: int = 64, **arguments: Any) -> Row:
     return Row(side, arguments)
 
 
-_SHORT = {"depths": (1, 1, 1, 1)}
+_SHORT: dict[str, Any] = {"depths": (1, 1, 1, 1)}
 _TWO = {"depth": 2}
-_LAYERS = {"layers": (1, 1, 1, 1)}
+_LAYERS: dict[str, Any] = {"layers": (1, 1, 1, 1)}
 
 #: convolutions all the way, then those with attention among them, then transformers of one convolution
 NETWORKS = {
