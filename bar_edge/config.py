@@ -174,6 +174,17 @@ class MagnitudeConfig:
     scope: Literal["layer", "global"] = "layer"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SlimmingConfig:
+    """What `--method slimming` adds to the loss: strength * sum |gamma| (Liu et al. 2017, eq. 1; 1e-4 for VGG)."""
+
+    strength: float = 1e-4
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a strength below 0."""
+        at_least(self, 0, "strength")
+
+
 #: what a preset changes in the defaults. paper: Lemaire et al. 2019, section 5.1 and supplement 3, on CIFAR;
 #: its constants that are our defaults already (distillation, sigmoid, margin, 1.01 at the start) are not repeated
 PRESETS: dict[str, dict[str, Any]] = {

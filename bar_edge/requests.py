@@ -20,6 +20,7 @@ from bar_edge.config import (
     BarConfig,
     DistillConfig,
     MagnitudeConfig,
+    SlimmingConfig,
     TrainConfig,
     above,
     at_least,
@@ -92,6 +93,7 @@ class PruneRequest:
     distill: DistillConfig = DistillConfig()
     bar: BarConfig = BarConfig()
     magnitude: MagnitudeConfig = MagnitudeConfig()
+    slimming: SlimmingConfig = SlimmingConfig()
 
     def __post_init__(self) -> None:
         """Raise InputError for widths that are multiples of nothing, and for a text that is no budget."""

@@ -113,6 +113,9 @@ METHODS: dict[str, Method] = {
     ),
     "fisher": Method(says="channels that the loss misses least per cost go", module="bar_edge.methods.fisher"),
     "magnitude": Method(says="filters with the smallest weights go", module="bar_edge.methods.magnitude"),
+    "slimming": Method(
+        says="BatchNorm scales trained towards zero, the smallest go", module="bar_edge.methods.slimming", trains=True
+    ),
     "random": Method(says="an equal share of every layer, drawn at random", module="bar_edge.methods.random"),
 }
 

@@ -1,6 +1,6 @@
 """Fisher pruning: its vectors, its signal against masks of each image, and every kind of network within budget."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from bar_edge.methods import METHODS, GateLayout, budget_limit
 from bar_edge.methods.distillation import soft_cross_entropy
 from bar_edge.methods.fisher import channel_signals, signal
 from bar_edge.methods.gating.projection import plan_within
-from bar_edge.methods.method import Context
+from bar_edge.methods.method import Context, Pruner
 from bar_edge.network import Network, count, trace
 from bar_edge.records import Budget
 from bar_edge.requests import PruneRequest
@@ -19,7 +19,17 @@ from tests.methods.test_gates import NETS
 from tests.reference import contrasting, randomise
 
 
-def context_of(network: Network, budget: str, images: Tensor, sizes: tuple[int, ...] = (3, 2)) -> Context:
+def untouched(*_: object) -> None:
+    raise AssertionError("nothing is trained")
+
+
+def context_of(
+    network: Network,
+    budget: str,
+    images: Tensor,
+    sizes: tuple[int, ...] = (3, 2),
+    train: Callable[[nn.Module, Pruner], None] = untouched,
+) -> Context:
     layout, parsed = GateLayout(network), Budget.parse(budget)
 
     def batches(_: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -28,9 +38,6 @@ def context_of(network: Network, budget: str, images: Tensor, sizes: tuple[int, 
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(outputs.flatten(2).mean(2) if outputs.ndim > 2 else outputs, targets)
-
-    def untouched(*_: object) -> None:
-        raise AssertionError("fisher trains nothing")
 
     return Context(
         config=PruneRequest(model="of the test", budget=budget, method="fisher"),
@@ -41,7 +48,7 @@ def context_of(network: Network, budget: str, images: Tensor, sizes: tuple[int, 
         teacher=None,
         soft_loss=soft_cross_entropy,
         loss=loss,
-        train=untouched,
+        train=train,
         batches=batches,
     )
 
@@ -54,7 +61,7 @@ def test_the_printed_example() -> None:
 
 
 class Two(nn.Module):
-    """Two convolutions and a classifier; the first is called twice."""
+    """Two convolutions and a classifier."""
 
     def __init__(self) -> None:
         super().__init__()
