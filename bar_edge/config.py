@@ -23,6 +23,14 @@ def at_least(config: Any, least: float, *names: str) -> None:
             raise _wrong(name, f"a number of at least {least:g}", value)
 
 
+def at_most(config: Any, most: float, *names: str) -> None:
+    """Raise InputError unless these fields are at most so large."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value <= most:
+            raise _wrong(name, f"a number of at most {most:g}", value)
+
+
 def above(config: Any, least: float, *names: str) -> None:
     """Raise InputError unless these fields are larger."""
     for name in names:
@@ -80,6 +88,7 @@ class TrainConfig:
         """Raise InputError for numbers with which nothing can be trained."""
         at_least(self, 0, "dense", "prune", "tune", "weight_decay", "image_size", "workers", "threads", "ema")
         at_least(self, 1, "batch")
+        at_most(self, MOST_THREADS, "threads", "workers")
         above(self, 0, "lr_dense", "lr_prune", "lr_tune", "checkpoint_minutes")
 
     def chosen(self, images: int) -> TrainConfig:
@@ -165,6 +174,17 @@ class MagnitudeConfig:
     scope: Literal["layer", "global"] = "layer"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SlimmingConfig:
+    """What `--method slimming` adds to the loss: strength * sum |gamma| (Liu et al. 2017, eq. 1; 1e-4 for VGG)."""
+
+    strength: float = 1e-4
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a strength below 0."""
+        at_least(self, 0, "strength")
+
+
 #: what a preset changes in the defaults. paper: Lemaire et al. 2019, section 5.1 and supplement 3, on CIFAR;
 #: its constants that are our defaults already (distillation, sigmoid, margin, 1.01 at the start) are not repeated
 PRESETS: dict[str, dict[str, Any]] = {
@@ -203,11 +223,20 @@ def overlay(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
+#: of a runtime or of torch: libraries end the process where the system gives them no more
+MOST_THREADS = 1024
+_TOML_LIMIT_BYTES = 2**20
+
+
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file; raises InputError if it is missing or malformed."""
+    """Read a TOML file; raises InputError if it is missing, malformed or too large."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            data = file.read(_TOML_LIMIT_BYTES + 1)
+        if len(data) > _TOML_LIMIT_BYTES:
+            raise ValueError(f"more than {_TOML_LIMIT_BYTES >> 10} KiB")
+        return tomllib.loads(data.decode("utf-8-sig").replace("\r\n", "\n"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError("a readable TOML file", got=f"{path.name}: {error}") from error
 
 

@@ -10,6 +10,9 @@ from typing import Any
 
 from bar_edge.errors import InputError
 
+#: larger than any file of ours
+JSON_LIMIT_BYTES = 256 * 2**20
+
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write to a temporary name beside `path`, then rename: the old file stays whole until then.
@@ -58,12 +61,20 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; raises InputError if the file is missing or is not JSON."""
+    """Read JSON; raises InputError if the file is missing, too large, nested too deep, or holds what JSON has not."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        with path.open("rb") as file:
+            data = file.read(JSON_LIMIT_BYTES + 1)
+        if len(data) > JSON_LIMIT_BYTES:
+            raise ValueError(f"more than {JSON_LIMIT_BYTES >> 20} MiB")
+        return json.loads(data.decode("utf-8-sig"), parse_constant=_no_number)
+    except (OSError, ValueError, RecursionError) as error:
         got = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise InputError(f"a JSON file at {path.name}", got=str(got), remedy="correct the path") from error
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def file_hash(path: Path) -> str:

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bar_edge.config import (
+    MOST_THREADS,
     PRESETS,
     BarConfig,
     DistillConfig,
     MagnitudeConfig,
+    SlimmingConfig,
     TrainConfig,
     above,
     at_least,
+    at_most,
     build,
     overlay,
 )
@@ -90,10 +93,13 @@ class PruneRequest:
     distill: DistillConfig = DistillConfig()
     bar: BarConfig = BarConfig()
     magnitude: MagnitudeConfig = MagnitudeConfig()
+    slimming: SlimmingConfig = SlimmingConfig()
 
     def __post_init__(self) -> None:
         """Raise InputError for widths that are multiples of nothing, and for a text that is no budget."""
         at_least(self, 1, "round_to")
+        at_least(self, 0, "seed")
+        at_most(self, 2**63 - 1, "seed")
         _check_drop(self.max_drop)
         Budget.parse(self.budget)
 
@@ -136,6 +142,7 @@ class ExportRequest:
 
     def __post_init__(self) -> None:
         """Raise InputError for numbers with which nothing can be measured."""
+        at_most(self, MOST_THREADS, "threads")
         at_least(self, 1, "threads")
         at_least(self, 0, "choice_seconds")
         _check_drop(self.max_drop)
@@ -169,6 +176,7 @@ class BenchRequest:
 
     def __post_init__(self) -> None:
         """Raise InputError for numbers with which nothing can be measured, or a budget that is no time."""
+        at_most(self, MOST_THREADS, "threads")
         at_least(self, 1, "threads", "batch")
         above(self, 0, "seconds")
         if self.budget is not None and not Budget.parse(self.budget).cost.of_device:

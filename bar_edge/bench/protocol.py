@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import re
 import signal
 import statistics
@@ -96,7 +97,13 @@ def bench_onnx(
     else:
         finished = _run_there(Target.parse(on), request, described, limit)
     answer = _answer(finished, "" if on == "local" else f" on {on}", limit)
-    return [measurement(model, found, answer, on) for model, found in zip(models, answer["models"], strict=True)]
+    try:
+        _check_answer(answer, request)
+        return [measurement(model, found, answer, on) for model, found in zip(models, answer["models"], strict=True)]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _died(
+            f"an answer that is none: {type(error).__name__}: {error}"[:300], "look what answers there"
+        ) from error
 
 
 def measurement(model: Path, found: dict[str, Any], answer: dict[str, Any], on: str) -> Measurement:
@@ -204,6 +211,8 @@ def load_measurement(path: Path) -> Latency:
     try:
         if data["schema"] != 1:
             raise ValueError(f"schema {data['schema']}")
+        if not data["samples_ms"] or not all(0 < float(ms) < math.inf for ms in data["samples_ms"]):
+            raise ValueError("samples that are no times")
         return Latency(
             name=str(data["name"]),
             samples_ms=tuple(float(ms) for ms in data["samples_ms"]),
@@ -211,7 +220,7 @@ def load_measurement(path: Path) -> Latency:
             batch=int(data["batch"]),
             environment=dict(data["environment"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
             "a measurement that `bar-edge bench` wrote", got=f"{path.name}: {type(error).__name__}: {error}"
         ) from error
@@ -340,10 +349,30 @@ def _answer(finished: Finished, where: str, timeout_s: float) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(finished.stdout)
         if "error" not in answer:
             return answer
-        fields = answer["error"]
-        raise _ERRORS[fields.pop("kind")](fields.pop("required"), **fields)
+        raise _said(answer["error"])
     last = [line for line in lines if line.strip() and not line.startswith(DOING)] or ["no output"]
     raise _died(f"exit status {finished.returncode}{at}: {last[-1][:300]}", "run it again with --debug")
+
+
+def _said(fields: dict[str, Any]) -> BarEdgeError:
+    """Return the error that an answer describes; raises ValueError if it describes none."""
+    texts = {name: str(fields.get(name, ""))[:2000] for name in ("required", "got", "consequence", "remedy")}
+    if fields.get("kind") not in _ERRORS:
+        raise ValueError("an error of another kind")
+    return _ERRORS[fields["kind"]](texts.pop("required"), **texts)
+
+
+def _check_answer(answer: dict[str, Any], request: dict[str, Any]) -> None:
+    """Raise ValueError unless an answer is about what was asked, and its times are times: a device is not trusted."""
+    for name in ("runtime", "threads", "batch"):
+        if answer["environment"][name] != request[name]:
+            raise ValueError(f"{name} {answer['environment'][name]!r}"[:100])
+    for found in answer["models"]:
+        times = [*found["samples_ms"], *found["cpu_samples_ms"]]
+        if not found["samples_ms"] or not all(isinstance(ms, float | int) and 0 <= ms < math.inf for ms in times):
+            raise ValueError("times that are none")
+        if found["parity"] is not None and not isinstance(found["parity"]["within"], bool):
+            raise ValueError("a parity that is none")
 
 
 def _died(got: str, remedy: str) -> EnvironmentLacks:

@@ -46,6 +46,15 @@ _START_SECONDS = 40.0
 _CLOSE_SECONDS = 20.0
 #: for files, besides a second per so many bytes
 _FILE_SECONDS, _BYTES_PER_SECOND = 60.0, 100_000
+#: that a line of an answer, and a file from there, may have
+_LINE_BYTES, _FILE_BYTES = 64 * 2**20, 16 * 2**30
+#: what our agent answers to each message, if it is no error
+_ANSWERS: dict[str, dict[str, type]] = {
+    "open": {"python": str, "machine": str},
+    "put": {"sha256": str},
+    "get": {"size": int, "sha256": str},
+    "run": {"returncode": int, "stdout": str, "stderr": str, "timed_out": bool},
+}
 _NOTHING = "nothing was measured"
 
 
@@ -135,7 +144,8 @@ class Device:
     def run(self, command: Sequence[str], *, stdin: str, timeout_s: float) -> Finished:
         """Run a program in the folder with a file of it as its input; the word `python` names the Python there."""
         message = {"do": "run", "command": list(command), "stdin": stdin, "timeout_s": timeout_s}
-        return Finished(**self._ask(message, seconds=timeout_s + _START_SECONDS))
+        answer = self._ask(message, seconds=timeout_s + _START_SECONDS)
+        return Finished(**{name: answer[name] for name in _ANSWERS["run"]})
 
     def fetch(self, names: Sequence[str], folder: Path) -> None:
         """Copy files of the folder there into a folder here, and check their hashes."""
@@ -185,17 +195,24 @@ class Device:
     def _ask(self, message: dict[str, Any], data: bytes = b"", *, seconds: float = _FILE_SECONDS) -> dict[str, Any]:
         with self._patience(seconds):
             self._write(json.dumps({**message, "size": len(data)}).encode() + b"\n" + data)
-            line = self._out.readline()
+            line = self._out.readline(_LINE_BYTES)
+        if len(line) == _LINE_BYTES:
+            raise self._strange()
         if not line.endswith(b"\n"):
             raise self._lost()
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer: dict[str, Any] = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise self._strange() from error
+        if not _is_answer(answer, message["do"]):
+            raise self._strange()
         if "error" in answer and message["do"] == "run":
             got = f"{message['command'][0]}: {answer['error']}"
             raise EnvironmentLacks(f"a program that starts on {self.target.text}", got=got, consequence=_NOTHING)
         if "error" in answer:
             raise EnvironmentLacks(
                 f"room and rights for the files on {self.target.text}",
-                got=f"{answer['error']} ({message.get('name', 'folder')}; {answer['free_mb']} MB free)",
+                got=f"{answer['error']} ({message.get('name', 'folder')}; {answer.get('free_mb')} MB free)",
                 consequence=_NOTHING,
                 remedy="free some space, or set TMPDIR there to a folder that has it",
             )
@@ -248,6 +265,14 @@ class Device:
             remedy="look whether the device ran out of memory or power, and try again",
         )
 
+    def _strange(self) -> EnvironmentLacks:
+        return EnvironmentLacks(
+            f"answers of our agent on {self.target.text}",
+            got="another one: what it says is not used",
+            consequence=_NOTHING,
+            remedy="look what its login shell and Python print, and whether it is the device that you mean",
+        )
+
     def _changed(self, name: str) -> EnvironmentLacks:
         return EnvironmentLacks(
             f"{name} with the same SHA-256 on {self.target.text} as here",
@@ -276,6 +301,16 @@ def _reason(said: str, status: int) -> tuple[str, str]:
     if status in (255, -9):
         return "a host that answers", "check name, port and network: ssh -v with the same host"
     return "a Python that starts", "try it there by hand"
+
+
+def _is_answer(answer: Any, do: str) -> bool:
+    """Tell whether a device answers as our agent would: another program may be at the other end."""
+    if not isinstance(answer, dict):
+        return False
+    if "error" in answer:
+        return isinstance(answer["error"], str)
+    fits = all(isinstance(answer.get(name), kind) for name, kind in _ANSWERS[do].items())
+    return fits and 0 <= answer.get("size", 0) <= _FILE_BYTES
 
 
 def _file_seconds(size: int) -> float:

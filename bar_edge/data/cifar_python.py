@@ -20,6 +20,9 @@ from torch import Tensor
 
 from bar_edge.errors import InputError
 
+#: at most, in CIFAR-100
+_CLASSES = 100
+
 
 class _Array:
     """Stands for a numpy array: keeps the state that the pickle sets."""
@@ -109,4 +112,9 @@ def _join(paths: list[Path], labels_key: str) -> tuple[Tensor, Tensor]:
     for path, batch in zip(paths, batches, strict=True):
         if "data" not in batch or len(batch.get(labels_key, ())) != len(batch["data"]):
             raise InputError(f"{path.name} holds data and as many {labels_key}", got=", ".join(map(str, batch)))
-    return torch.cat([b["data"] for b in batches]), torch.tensor([label for b in batches for label in b[labels_key]])
+    labels = [label for batch in batches for label in batch[labels_key]]
+    wrong = [label for label in labels if type(label) is not int or not 0 <= label < _CLASSES]
+    if wrong:
+        got = repr(wrong[0])[:40]
+        raise InputError(f"{labels_key} from 0 to {_CLASSES - 1}", got=got, consequence="nothing was read")
+    return torch.cat([b["data"] for b in batches]), torch.tensor(labels, dtype=torch.int64)

@@ -21,6 +21,8 @@ from bar_edge.errors import BarEdgeError, InputError
 #: images whose size and colours decide about a data set before all of them are read
 _SAMPLE = 256
 _CHUNK = 500
+#: of one image: small files can hold huge ones
+_PIXELS = 100_000_000
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "F")
 
 
@@ -55,7 +57,7 @@ class FileImages:
 
     def open(self, index: int) -> Image.Image:
         """Open one file."""
-        return Image.open(self.paths[index])
+        return _opened(self.paths[index])
 
     def describe(self, index: int) -> str:
         """Name a file relative to the root."""
@@ -82,7 +84,7 @@ class EncodedImages:
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if not data:
             raise ValueError("the row holds no image bytes")
-        return Image.open(io.BytesIO(data))
+        return _opened(io.BytesIO(data))
 
     def describe(self, index: int) -> str:
         """Name a row, counted from 0."""
@@ -134,6 +136,15 @@ class UserImages:
     def describe(self, index: int) -> str:
         """Name an item, counted from 0."""
         return f"{self.origin}, item {index}"
+
+
+def _opened(source: Path | io.BytesIO) -> Image.Image:
+    """Open an image without decoding it; raises ValueError for one that would not fit into memory with others."""
+    image = Image.open(source)
+    if image.width * image.height > _PIXELS:
+        image.close()
+        raise ValueError(f"{image.width}x{image.height} pixels, at most {_PIXELS:,} in all")
+    return image
 
 
 def _planes(image: Any) -> npt.NDArray[np.uint8]:

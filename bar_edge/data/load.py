@@ -28,6 +28,8 @@ MEMORY_LIMIT_BYTES = 2 * 2**30
 #: side of the crop where images differ in size and none was asked for
 DEFAULT_SIZE = 224
 HELD_OUT_SHARE = 0.1
+#: that few images may have: more are a wrong label
+_CLASSES = 100_000
 #: training images that give mean and deviation of a streamed data set
 _STATISTICS_SAMPLE = 512
 
@@ -135,7 +137,15 @@ def _classes(raw: Raw) -> tuple[str, ...]:
         return raw.classes
     if targets.ndim > 1:
         targets = targets[targets != UNLABELLED]
-    return tuple(str(number) for number in range(int(targets.max()) + 1))
+    classes = int(targets.max()) + 1 if targets.numel() else 0
+    if classes > (most := max(_CLASSES, targets.numel())):
+        raise InputError(
+            f"labels below {most:,}: no more classes than images, or {_CLASSES:,}",
+            got=f"label {classes - 1:,}",
+            consequence="nothing was started",
+            remedy="look for a wrong label; classes are numbered from 0 without gaps",
+        )
+    return tuple(str(number) for number in range(classes))
 
 
 def _check(raw: Raw, name: str) -> None:

@@ -129,12 +129,18 @@ def _read_table(files: list[Path]) -> tuple[EncodedImages, Tensor, tuple[str, ..
                 remedy="rename the columns",
             )
         table = pa.concat_tables([pq.read_table(file, columns=[image, label]) for file in files])
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError("readable Parquet files", got=f"{origin}: {str(error).splitlines()[0]}") from error
-    column = table.column(image)
-    if pa.types.is_struct(column.type):
-        column = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks])
-    targets = torch.from_numpy(table.column(label).fill_null(-1).to_numpy().astype(np.int64))
+    column, labels = table.column(image), table.column(label)
+    if pa.types.is_struct(column.type) and any(field.name == "bytes" for field in column.type):
+        column = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks], column.type.field("bytes").type)
+    if not any(is_kind(column.type) for is_kind in (pa.types.is_binary, pa.types.is_large_binary)):
+        got = f"{origin} with {image}: {column.type}"
+        raise InputError("images as bytes, or as structures with bytes", got=got, remedy="store them encoded")
+    try:
+        targets = torch.from_numpy(labels.cast(pa.int64()).fill_null(-1).to_numpy().astype(np.int64))
+    except pa.ArrowException as error:
+        raise InputError("labels of 64 bits", got=f"{origin}: {str(error).splitlines()[0]}") from error
     return EncodedImages(column, origin), targets, _class_names(schema.metadata, label)
 
 
@@ -207,7 +213,8 @@ def _list_images(folder: Path, classes: tuple[str, ...]) -> tuple[FileImages, Te
     paths: list[Path] = []
     targets: list[int] = []
     for number, name in enumerate(classes):
-        inside = (path for path in (folder / name).rglob("*") if path.suffix.lower() in SUFFIXES)
+        # a pipe or a device of that name would be waited for
+        inside = (p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         found = sorted(path for path in inside if not any(map(_hidden, path.relative_to(folder / name).parents)))
         paths += found
         targets += [number] * len(found)

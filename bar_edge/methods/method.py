@@ -68,6 +68,8 @@ class Context:
     #: whom to learn from, None where the task cannot distil
     teacher: nn.Module | None
     soft_loss: Distill
+    #: (outputs, targets) -> the task's loss, a mean over the images
+    loss: Callable[[Any, Any], Tensor]
     #: trains a network by a pruner for the epochs of the prune phase; a stopped run goes on
     train: Callable[[nn.Module, Pruner], None]
     #: batches of training images and targets on a device, for statistics; not augmented, always the same
@@ -109,7 +111,11 @@ METHODS: dict[str, Method] = {
     "bar": Method(
         says="gates trained with the weights under a falling budget", module="bar_edge.methods.bar.method", trains=True
     ),
+    "fisher": Method(says="channels that the loss misses least per cost go", module="bar_edge.methods.fisher"),
     "magnitude": Method(says="filters with the smallest weights go", module="bar_edge.methods.magnitude"),
+    "slimming": Method(
+        says="BatchNorm scales trained towards zero, the smallest go", module="bar_edge.methods.slimming", trains=True
+    ),
     "random": Method(says="an equal share of every layer, drawn at random", module="bar_edge.methods.random"),
 }
 

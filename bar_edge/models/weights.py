@@ -20,6 +20,8 @@ _NESTED = ("state_dict", "model_state_dict", "model", "module", "net", "network"
 #: what DataParallel, AveragedModel and Lightning put before every name
 _PREFIXES = ("module.", "model.")
 _NAMES_SHOWN = 10
+#: how deep weights are looked for: a checkpoint may hold itself
+_DEPTH = 8
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -72,11 +74,9 @@ def _reason(error: Exception) -> str:
 
 
 def _unwrap(data: Any, path: Path) -> dict[str, Tensor]:
-    while isinstance(data, Mapping):
-        inner = next((data[key] for key in _NESTED if isinstance(data.get(key), Mapping)), None)
-        if inner is None:
-            break
-        data = inner
+    for _ in range(_DEPTH):
+        if isinstance(data, Mapping):
+            data = next((data[key] for key in _NESTED if isinstance(data.get(key), Mapping)), data)
     # torch's AveragedModel counts its updates beside the weights
     tensors = {str(k): v for k, v in data.items() if k != "n_averaged"} if isinstance(data, Mapping) else {}
     if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
@@ -104,8 +104,10 @@ def _mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
     # checkpoints older than torch 0.4.1 have no such counter, and torch does not ask for it either
     missing = [n for n in expected if n not in found and not n.endswith("num_batches_tracked")]
     shapes = [n for n in expected if n in found and expected[n].shape != found[n].shape]
+    odd = [n for n, t in found.items() if t.layout != torch.strided or t.is_meta or t.is_quantized or t.is_complex()]
     return (
         [f"missing {name}" for name in missing]
         + [f"unexpected {name}" for name in found if name not in expected]
+        + [f"{name} is sparse, quantised, complex or without data" for name in odd]
         + [f"{name} has shape {tuple(found[name].shape)}, not {tuple(expected[name].shape)}" for name in shapes]
     )

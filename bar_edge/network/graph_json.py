@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import math
 import operator
 import re
 import unicodedata
@@ -56,6 +57,8 @@ _PYTHON_CALLS: dict[str, Callable[..., Any]] = {
 #: operators that make a tensor out of numbers
 _CREATORS = {"aten.zeros.default", "aten.ones.default", "aten.full.default", "aten.arange.default", "aten.arange.start"}
 FORMAT = 1
+#: numbers that a network may have beyond those in its weights' file, as buffers that are not stored
+_SMALL = 1_000_000
 
 
 def describe(body: fx.GraphModule, input_shapes: Shapes, out_spec: Any) -> dict[str, Any]:
@@ -194,8 +197,7 @@ def rebuild(data: dict[str, Any]) -> tuple[fx.GraphModule, Shapes, Any]:
     """
     root = nn.Module()
     for name, description in data["modules"].items():
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in description.items() if k != "type"}
-        attach(root, name, _MODULES_BY_NAME[description["type"]](**settings).to(dtype_named(data["dtypes"][name])))
+        attach(root, name, _module(description).to(dtype_named(data["dtypes"][name])))
     for name, description in data["tensors"].items():
         value = torch.zeros(description["shape"], dtype=dtype_named(description["dtype"]))
         attach(root, name, value, parameter=description["parameter"])
@@ -212,6 +214,22 @@ def rebuild(data: dict[str, Any]) -> tuple[fx.GraphModule, Shapes, Any]:
         nodes[item["name"]] = graph.create_node(item["op"], target, args, kwargs, name=item["name"])
     shapes = tuple(tuple(shape) for shape in data["input_shapes"])
     return fx.GraphModule(root, graph), shapes, data["out_spec"]
+
+
+def check_size(data: dict[str, Any], weights_bytes: int) -> None:
+    """Raise ValueError if the tensors of a described network are larger than a file of its weights can be."""
+    with torch.device("meta"):
+        modules = [_module(description) for description in data["modules"].values()]
+    elements = sum(t.numel() for module in modules for t in [*module.parameters(), *module.buffers()])
+    elements += sum(math.prod(description["shape"]) for description in data["tensors"].values())
+    # a tensor of several names is stored once
+    if elements > weights_bytes * (1 + len(data["aliases"])) + _SMALL:
+        raise ValueError(f"{elements:,} numbers by network.json, and {weights_bytes:,} bytes of weights")
+
+
+def _module(description: dict[str, Any]) -> nn.Module:
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in description.items() if k != "type"}
+    return _MODULES_BY_NAME[description["type"]](**settings)
 
 
 def dtype_named(name: str) -> torch.dtype:

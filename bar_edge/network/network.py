@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 from bar_edge.errors import InputError
 from bar_edge.files import make_folder, read_json, write_bytes, write_json
-from bar_edge.network.graph_json import FORMAT, describe, dtype_named, rebuild, tie, without_aliases
+from bar_edge.network.graph_json import FORMAT, check_size, describe, dtype_named, rebuild, tie, without_aliases
 
 if TYPE_CHECKING:
     from bar_edge.network.channels import Passages
@@ -43,10 +43,14 @@ class Network(nn.Module):
         self.shapes, self.sizes = propagate_shapes(body, input_shapes)
 
     def forward(self, *inputs: Tensor) -> Any:
-        """Run the graph and return what the user's module returned.
+        """Run the graph and return what the user's module returned; raises InputError as `check_inputs` does."""
+        self.check_inputs(*inputs)
+        return unflatten(self.body(*inputs), self.out_spec)
 
-        Raises InputError for inputs of another shape than the trace's, the batch aside: sizes that forward
-        computes with are numbers in the graph.
+    def check_inputs(self, *inputs: Tensor) -> None:
+        """Raise InputError for inputs of another shape than the trace's, the batch aside.
+
+        Sizes that forward computes with are numbers in the graph.
         """
         for x, shape in zip(inputs, self.input_shapes, strict=False):
             if tuple(x.shape[1:]) != shape:
@@ -56,7 +60,6 @@ class Network(nn.Module):
                     consequence="its answer would be wrong without a word",
                     remedy="resize the images, or trace the network with --input of this size",
                 )
-        return unflatten(self.body(*inputs), self.out_spec)
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -113,8 +116,10 @@ class Network(nn.Module):
                 f"a network folder of format {FORMAT}", got=folder.name, remedy="name a folder of bar-edge"
             )
         try:
+            weights = folder / "weights.safetensors"
+            check_size(data, weights.stat().st_size)
             network = cls(*rebuild(data))
-            tensors = load_file(folder / "weights.safetensors")
+            tensors = load_file(weights)
             own = network.body.state_dict()
             missing = sorted(set(own) - set(tensors) - set(data["aliases"]))
             if missing or any(own[name].shape != tensor.shape for name, tensor in tensors.items()):

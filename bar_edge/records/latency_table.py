@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,24 @@ class Kind:
 _SIZES = ("kernel", "shape")
 
 
+#: no tensor has more channels
+_WIDEST = 1 << 24
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Prices:
     """Milliseconds over a grid of widths, the last axis fastest; without channels nothing is done, in no time."""
 
     widths: tuple[tuple[int, ...], ...]
     ms: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless widths rise from 1 on and each point of the grid has a price."""
+        for axis in self.widths:
+            if not axis or list(axis) != sorted(set(axis)) or not all(type(n) is int and 0 < n < _WIDEST for n in axis):
+                raise ValueError("widths that do not rise from 1 on")
+        if len(self.ms) != math.prod(map(len, self.widths)) or not all(0 <= ms < math.inf for ms in self.ms):
+            raise ValueError("prices that are no times, or not one for each point")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +114,18 @@ class LatencyTable:
     lines: tuple[dict[str, Any], ...] = ()
     model: str = ""
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for steps and scales by which nothing can be priced."""
+        if not all(type(n) is int and 0 < n < _WIDEST for n in (self.rounding, self.step)):
+            raise ValueError(f"rounding {self.rounding}, step {self.step}")
+        numbers = (self.layer_scale, self.rest_scale, self.constant_ms)
+        if not all(isinstance(n, int | float) and 0 <= n < math.inf for n in numbers):
+            raise ValueError(f"scales and constant {numbers}")
+        if not all(0 < ms < math.inf for pair in self.checks for ms in pair):
+            raise ValueError("checks that are no times")
+        if not isinstance(self.environment, dict) or not isinstance(self.model, str):
+            raise ValueError("an environment or a model of another type")
 
     def stepped(self, width: int) -> int:
         """Return the width that a tensor costs like."""
@@ -133,7 +158,7 @@ class LatencyTable:
             checks = tuple((float(a), float(b)) for a, b in data.pop("checks"))
             lowering, lines = Lowering.parse(data.pop("lowering")), tuple(data.pop("lines"))
             return cls(lowering=lowering, prices=prices, checks=checks, lines=lines, **data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(
                 "a latency table that `bar-edge profile` wrote", got=f"{path.name}: {type(error).__name__}: {error}"
             ) from error

@@ -29,7 +29,10 @@ class ChannelPlan:
         try:
             if data["schema"] != 1:
                 raise ValueError(f"schema {data['schema']}")
-            kept = {str(name): tuple(int(i) for i in ids) for name, ids in data["kept"].items()}
+            kept = {str(name): tuple(ids) for name, ids in data["kept"].items()}
+            for name, ids in kept.items():
+                if not all(type(i) is int for i in ids) or list(ids) != sorted(set(ids)) or (ids and ids[0] < 0):
+                    raise ValueError(f"{name} keeps what is no rising list of channels")
             return cls(network=str(data["network"]), kept=kept)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError("a plan.json of schema 1", got=f"{type(error).__name__}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from bar_edge.errors import InputError
 from bar_edge.files import write_bytes
 from bar_edge.records import COSTS, Latency
 from bar_edge.records.cost import write_cost
@@ -20,6 +22,21 @@ _PERCENTILES = (50, 90, 99)
 _PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 
 
+@contextlib.contextmanager
+def _as_written() -> Iterator[None]:
+    """Raise InputError where a manifest or a measurement of a run holds something else than bar-edge writes."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, jinja2.TemplateError) as error:
+        raise InputError(
+            "files of a run as bar-edge wrote them",
+            got=f"{type(error).__name__}: {str(error)[:200]}",
+            consequence="no page was written",
+            remedy="remove the artifact whose manifest or measurement was changed, or write it again",
+        ) from error
+
+
+@_as_written()
 def write_report(run_folder: Path, out: Path | None = None) -> Path:
     """Write a run's page, `report.html` in its folder or `out`, and return its path.
 
@@ -45,6 +62,7 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
     return _render("report.html.j2", context, out or run_folder / "report.html")
 
 
+@_as_written()
 def write_comparison(run_folders: Sequence[Path], out: Path) -> Path:
     """Write one page that sets several runs side by side, and return its path; raises InputError as above."""
     runs = [read_run(folder) for folder in run_folders]

@@ -9,6 +9,7 @@ from typing import Any
 
 from bar_edge.errors import InputError
 from bar_edge.files import read_json
+from bar_edge.records import ChannelPlan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +34,7 @@ class RunFiles:
     metrics: list[dict[str, Any]]
     config_toml: str | None
     #: module name -> kept channels, out of plan.json
-    kept: dict[str, list[int]] | None
+    kept: dict[str, tuple[int, ...]] | None
     artifacts: list[Artifact]
 
 
@@ -55,8 +56,8 @@ def read_run(folder: Path) -> RunFiles:
         name=folder.resolve().name,
         result=result,
         metrics=_read_lines(folder / "metrics.jsonl"),
-        config_toml=config.read_text(encoding="utf-8") if config.is_file() else None,
-        kept=read_json(plan).get("kept") if plan.is_file() else None,
+        config_toml=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
+        kept=ChannelPlan.from_json(read_json(plan)).kept if plan.is_file() else None,
         artifacts=[_read_artifact(path) for path in sorted(folder.glob("artifacts/*")) if path.is_dir()],
     )
 
@@ -64,10 +65,12 @@ def read_run(folder: Path) -> RunFiles:
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
     try:
-        return [json.loads(line) for line in lines if line.strip()]
-    except ValueError as error:
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not all(isinstance(record, dict) for record in found):
+            raise ValueError("a line that is no object")
+        return found
+    except (ValueError, RecursionError) as error:
         raise InputError(f"one JSON object per line in {path.name}", got=str(error)) from error
 
 

@@ -28,8 +28,9 @@ from bar_edge.targets.onnx.file import export_onnx, parity_onnx
 from bar_edge.training import Task, choose_device, choose_precision
 from bar_edge.training.tasks import Checks
 
-#: form in which the rehearsal exports, which every network has
-FORM = Lowering.parse("slices")
+#: form in which the rehearsal exports: the user's operators and plain additions. Slices of a random plan would be
+#: hundreds for every addition, over which torch's exporter takes minutes; the forms themselves need no rehearsal
+FORM = Lowering.parse("regular")
 _NOTHING = "nothing was started: this would have failed after the training"
 
 

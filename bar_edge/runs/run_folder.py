@@ -169,6 +169,7 @@ class Run:
             limit=self.limit,
             steps=self.data.fit.n_batches(self.batch, True) * self.epochs["prune"],
             teacher=teacher if distills else None,
+            loss=self.task.loss,
             soft_loss=self.task.distill if isinstance(self.task, Distills) else soft_cross_entropy,
             train=lambda network, pruner: self._train(network, "prune", pruner=pruner),
             batches=self._batches,

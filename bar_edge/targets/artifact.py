@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -158,6 +159,7 @@ def replacing(folder: Path) -> Iterator[Path]:
             remedy="name another folder with --out",
         )
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    _sweep(folder)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -180,6 +182,31 @@ def replacing(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left beside a folder; what one of them had moved away comes back first."""
+    if not folder.parent.is_dir():
+        return
+    left = re.compile(rf"\.{re.escape(folder.name)}\.(\d+)\.(tmp|old)")
+    for path in sorted(folder.parent.iterdir()):
+        found = left.fullmatch(path.name)
+        if found is None or _lives(int(found[1])):
+            continue
+        if found[2] == "old" and not folder.exists():
+            path.rename(folder)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _metadata(spec: ArtifactSpec) -> dict[str, str]:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -19,6 +20,8 @@ from bar_edge.errors import BarEdgeError, EnvironmentLacks, Terminated
 from bar_edge_cli.commands import app
 
 INTERRUPTED = 130
+#: what a file or a device may say to a terminal that is not text
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 #: an error of ours (EX_SOFTWARE)
 BUG = 70
 #: errors of the file system that a user can mend; any other OSError is a bug of ours
@@ -73,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
                 traceback.print_exc()
             code, lines = _explain(error)
             for part, text in lines.items():
-                print(f"{part}: {text}", file=sys.stderr)
+                print(f"{part}: {_CONTROL.sub('?', text)}", file=sys.stderr)
             if as_json:
                 _write({"error": lines, "exit_code": code}, out)
             return code

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bar_edge.errors import InputError
 from bar_edge.methods import BAR, GateLayout
 from bar_edge.methods.gating.gated_network import GatedNetwork
 from bar_edge.methods.gating.projection import protected_gates
@@ -116,3 +117,23 @@ def test_writers_are_copied_to_a_device_once() -> None:
     writers = next(w for node, w in layout.writers.items() if "add" in node.name)
     assert writers._on(device) is writers._on(device) and writers._on(torch.device("cpu")) is writers
     assert writers.alive(torch.ones(layout.size, device=device)).device == device
+
+
+OTHER_SIZES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "interpolate to its own size": lambda s, x: s.h(F.interpolate(s.a(x)[..., ::2, ::2], size=x.shape[-2:])),
+    "a number of the size": lambda s, x: s.h(s.a(x)) * (x.shape[-1] / 100),
+    "a mean by hand": lambda s, x: s.h(s.a(x)).sum((2, 3)) / (x.shape[-1] * x.shape[-2]),
+    "a crop of half": lambda s, x: s.h(s.a(x))[..., : x.shape[-1] // 2],
+}
+
+
+@pytest.mark.parametrize("case", OTHER_SIZES)
+def test_images_of_another_size_are_refused_with_gates_and_without(case: str) -> None:
+    """Sizes that forward computes with are numbers of the graph: the answer would be wrong without a word."""
+    module = Net(OTHER_SIZES[case], a=conv(3, 4), h=conv(4, 2))
+    pruner = BAR(module, torch.zeros(2, 3, 8, 8), budget="1.5x", steps=2)
+    for network in (pruner.dense, pruner.network, pruner.network.eval(), copy.deepcopy(pruner.network)):
+        network(torch.zeros(3, 3, 8, 8))
+        with pytest.raises(InputError, match="as the network was traced") as error:
+            network(torch.zeros(2, 3, 16, 16))
+        assert error.value.got == "2x3x16x16"

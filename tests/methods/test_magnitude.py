@@ -35,6 +35,7 @@ def scored(network: Network, budget: str, options: MagnitudeConfig) -> tuple[Con
         steps=0,
         teacher=None,
         soft_loss=soft_cross_entropy,
+        loss=untouched,  # type: ignore[arg-type]
         train=untouched,  # type: ignore[arg-type]
         batches=untouched,  # type: ignore[arg-type]
     )

@@ -49,9 +49,9 @@ def test_every_method_ends_within_its_budget(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["banana", "", "BAR", "random "])
 def test_an_unknown_method_is_refused_before_anything_is_loaded(name: str, tmp_path: Path) -> None:
     config = PruneRequest(model="no.such.module:factory", data="no-such-data", budget="8ms", method=name)
-    with pytest.raises(InputError, match="--method bar, magnitude, random"):
+    with pytest.raises(InputError, match="--method bar, fisher, magnitude, slimming, random"):
         pipeline.prune(config, tmp_path / "run")
-    with pytest.raises(InputError, match="--method bar, magnitude, random"):
+    with pytest.raises(InputError, match="--method bar, fisher, magnitude, slimming, random"):
         pipeline.deploy(DeployRequest(prune=config), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -69,7 +69,7 @@ def test_help_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_line_names_a_module_that_scores() -> None:
     assert all(callable(method.score) and find_method(name) is method for name, method in METHODS.items())
-    assert [name for name, method in METHODS.items() if method.trains] == ["bar"]
+    assert [name for name, method in METHODS.items() if method.trains] == ["bar", "slimming"]
 
 
 @pytest.mark.parametrize("own", [(3, 4), (0,), (0, 1, 2, 3, 4, 5, 6)])

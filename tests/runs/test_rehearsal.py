@@ -10,7 +10,7 @@ from bar_edge.config import TrainConfig
 from bar_edge.data import load_data
 from bar_edge.errors import InputError
 from bar_edge.methods import GateLayout
-from bar_edge.network import trace
+from bar_edge.network import Network, trace
 from bar_edge.runs import rehearsal
 from bar_edge.runs.rehearsal import rehearse, rehearse_task, two
 from bar_edge.training import load_task
@@ -132,3 +132,44 @@ def test_an_error_of_any_part_says_what_and_where(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(InputError, match="nothing was started") as error:
         rehearse(layout, "volume", 0.5 * layout.cost({}, "volume"), torch.rand(2, 1, 8, 8))
     assert "view size" in error.value.got and "test_rehearsal.py" in error.value.got
+
+
+class Branches(nn.Module):
+    """Blocks that sum branches: convolutions of several sizes, and a norm or the input itself as a shortcut."""
+
+    def __init__(self, sizes: tuple[int, ...], norm: bool, grouped: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.blocks = nn.ModuleList()
+        for _ in range(3):
+            groups = 32 if grouped else 1
+            parts = [nn.Conv2d(32, 32, k, padding=k // 2, groups=groups, bias=False) for k in sizes]
+            branches = [nn.Sequential(part, nn.BatchNorm2d(32)) for part in parts]
+            block = [*branches, nn.BatchNorm2d(32) if norm else nn.Identity()]
+            self.blocks.append(nn.ModuleList([*block, nn.Conv2d(32, 32, 1)] if grouped else block))
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = torch.relu(sum(branch(x) for branch in block))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        pytest.param(Branches((3, 1), norm=True), id="RepVGG"),
+        pytest.param(Branches((3, 3, 1), norm=True), id="MobileOne"),
+        pytest.param(Branches((3,), norm=False), id="ResNet"),
+        pytest.param(Branches((3, 5), norm=True, grouped=True), id="depthwise"),
+    ],
+)
+def test_a_rehearsal_exports_no_more_than_the_network_has(monkeypatch: pytest.MonkeyPatch, module: nn.Module) -> None:
+    """A random plan's slices were hundreds of operators for one addition, and the exporter took minutes."""
+    network, exported = trace(module, torch.zeros(2, 3, 8, 8)), list[Network]()
+    monkeypatch.setattr(rehearsal, "export_onnx", lambda lowered, *_: exported.append(lowered))
+    monkeypatch.setattr(rehearsal, "parity_onnx", lambda *_: 0.0)
+    layout = GateLayout(network)
+    rehearse(layout, "volume", 0.5 * layout.cost({}, "volume"), torch.rand(2, 3, 8, 8))
+    assert len(exported[0].nodes) <= len(network.nodes)

@@ -15,7 +15,7 @@ from .inputs import LEAST_TOLERANCE, check_inputs, parity, random_inputs
 from .interference import counters, interference, peak_rss_mb
 from .records import Loaded, Problem, Settings
 from .runtimes import RUNTIMES
-from .telling import doing, package
+from .telling import doing, library_says, package
 from .timing import interleave, warm_up
 
 #: what a latency is bound to: measurements that differ in one of these say nothing about each other's files
@@ -85,7 +85,13 @@ def _checked(model: _Model, batch: int, seed: int) -> Callable[[], object]:
     doing("checking", model.file)
     if model.file.get("samples"):
         model.facts["parity"] = parity(model.loaded, model.file, batch, LEAST_TOLERANCE[model.precision])
-    return functools.partial(model.loaded.run, random_inputs(model.loaded, batch, seed))
+    run = functools.partial(model.loaded.run, random_inputs(model.loaded, batch, seed))
+    try:
+        run()
+    except Exception as error:  # of a native library, which took the file when it loaded it
+        got = f"{model.file['name']}: {library_says(error)}"
+        raise Problem("InputError", "an ONNX file that runs", got) from error
+    return run
 
 
 def _timed(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import os
 import platform
 import re
+import signal
+import sys
 from typing import Any
 
 from .records import Problem
@@ -43,6 +46,12 @@ def library_says(error: Exception) -> str:
     text = re.sub(r"Exception from \S+:\d+:|Check '[^']*' failed at \S+|FrontEnd API failed with \w+:", "", str(error))
     text = " ".join(text.split())
     return text if len(text) <= 400 else f"{text[:150]} ... {text[-240:]}"
+
+
+def end_with_parent() -> None:
+    """Let Linux end this process when the one that waits for it is killed: nobody else ends what hangs."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
 
 
 def doing(what: str, *files: dict[str, Any]) -> None:

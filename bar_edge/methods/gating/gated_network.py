@@ -173,7 +173,11 @@ class GatedNetwork(nn.Module):
         self.body = _insert(network, self.gates, sites)
 
     def forward(self, *inputs: Tensor) -> object:
-        """Run the gated graph; outputs as the user's module returns them."""
+        """Run the gated graph; outputs as the user's module returns them.
+
+        Raises InputError for inputs of another shape than the trace's, the batch aside.
+        """
+        self.layout.network.check_inputs(*inputs)
         return unflatten(self.body(*inputs), self.out_spec)
 
     def __deepcopy__(self, memo: dict[int, object]) -> GatedNetwork:
@@ -244,13 +248,14 @@ def _insert(network: Network, gates: Gates, sites: list[Site]) -> fx.GraphModule
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
     where = {site.node: i for i, site in enumerate(sites)}
-    root: dict[str, object] = {"bar_gates": gates}
+    ours = _free(network, "bar_gates"), _free(network, "bar_scaled")
+    root: dict[str, object] = {ours[0]: gates}
     factors: fx.Node | None = None
     for node in network.nodes:
         if node.op == "placeholder":
             made[node] = graph.node_copy(node)
             continue
-        factors = graph.call_module("bar_gates") if factors is None else factors
+        factors = graph.call_module(ours[0]) if factors is None else factors
         module = network.module_of(node)
         if node.op in ("call_module", "get_attr"):
             root[str(node.target)] = (
@@ -262,8 +267,8 @@ def _insert(network: Network, gates: Gates, sites: list[Site]) -> fx.GraphModule
         site, factor = sites[where[node]], graph.call_function(operator.getitem, (factors, where[node]))
         scaled = _scaled(module, site)
         if scaled is not None:
-            root[f"bar_scaled.{node.name}"] = scaled
-            made[node] = graph.call_module(f"bar_scaled.{node.name}", (made[node.all_input_nodes[0]], factor))
+            root[f"{ours[1]}.{node.name}"] = scaled
+            made[node] = graph.call_module(f"{ours[1]}.{node.name}", (made[node.all_input_nodes[0]], factor))
         else:
             shape = [1] * len(network.shapes[node.name])
             shape[gates.layout.found[node].axis] = -1
@@ -276,6 +281,13 @@ def _insert(network: Network, gates: Gates, sites: list[Site]) -> fx.GraphModule
             times = aten.logical_and.default if node.target in COMPARISONS else aten.mul.Tensor
             made[node] = graph.call_function(times, (graph.node_copy(node, given.__getitem__), shaped))
     return fx.GraphModule(root, graph)
+
+
+def _free(network: Network, name: str) -> str:
+    """Return a name that no part of the user's network has."""
+    while hasattr(network.body, name):
+        name += "_"
+    return name
 
 
 def _scaled(module: nn.Module | None, site: Site) -> nn.Module | None:

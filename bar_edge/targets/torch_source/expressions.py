@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -40,8 +41,9 @@ class Expressions:
         if target.namespace != "aten":
             raise InputError("a network of operators that torch alone has", got=f"{target}")
         given = given_to(node)
+        call = _Call(self, target, given)
         key = f"{packet}.{overload}"
-        special = _SPECIAL[key](self, given) if key in _SPECIAL else None
+        special = _SPECIAL[key](call) if key in _SPECIAL else None
         if special is not None:
             return special
         values = list(given.values())
@@ -50,40 +52,23 @@ class Expressions:
         if packet in SPREAD and len(values) == 2 and isinstance(values[1], list | tuple) and values[1]:
             return f"{self.value(values[0])}.{packet}({', '.join(self.value(v) for v in values[1])})"
         if packet in METHODS:
-            return f"{self.value(values[0])}.{packet}({', '.join(self._arguments(node, given)[1:])})"
+            return f"{self.value(values[0])}.{packet}({', '.join(call.arguments()[1:])})"
         if packet in TORCH:
-            return f"torch.{packet}({', '.join(self._arguments(node, given))})"
+            return f"torch.{packet}({', '.join(call.arguments())})"
         if packet in FUNCTIONAL:
             given = {name: one_number(v) if name in PER_AXIS else v for name, v in given.items()}
-            return f"F.{FUNCTIONAL[packet]}({', '.join(self._arguments(node, given))})"
+            return f"F.{FUNCTIONAL[packet]}({', '.join(_Call(self, target, given).arguments())})"
         _check_name(packet)
         _check_name(overload)
         return f"torch.ops.aten.{packet}.{overload}({self.listed(node.args, node.kwargs)})"
 
-    def _arguments(self, node: fx.Node, given: dict[str, Any]) -> list[str]:
-        """Write arguments by place as far as that goes, flags and what follows a default by name."""
-        assert isinstance(node.target, torch._ops.OpOverload)
-        texts, by_place = [], True
-        for argument in node.target._schema.arguments:
-            if argument.name not in given:
-                by_place = False
-                continue
-            value = given[argument.name]
-            if argument.name == "pin_memory" and not value:
-                continue
-            if argument.name in ("dim", "dims") and isinstance(value, list | tuple) and len(value) == 1:
-                value = value[0]
-            by_place = by_place and not argument.kwarg_only and not isinstance(value, bool | torch.dtype)
-            texts.append(self.value(value) if by_place else f"{argument.name}={self.value(value)}")
-        return texts
-
-    def listed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def listed(self, args: Iterable[object], kwargs: Mapping[str, object]) -> str:
         """Write the arguments of a call."""
         for name in kwargs:
             _check_name(name)
         return ", ".join([*map(self.value, args), *(f"{name}={self.value(value)}" for name, value in kwargs.items())])
 
-    def value(self, value: Any) -> str:
+    def value(self, value: object) -> str:
         """Return an argument as Python."""
         match value:
             case fx.Node():
@@ -109,88 +94,106 @@ class Expressions:
         raise TypeError(f"cannot write {type(value).__name__}")
 
 
-# special forms; None: not in this case
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Call:
+    """A call of an operator, with the ways of writing that only some have; these return None in the other cases."""
+
+    source: Expressions
+    target: torch._ops.OpOverload
+    #: by the names of the schema, without those that have their default
+    given: dict[str, Any]
+
+    def arguments(self) -> list[str]:
+        """Write arguments by place as far as that goes, flags and what follows a default by name."""
+        texts, by_place = [], True
+        for argument in self.target._schema.arguments:
+            if argument.name not in self.given:
+                by_place = False
+                continue
+            value = self.given[argument.name]
+            if argument.name == "pin_memory" and not value:
+                continue
+            if argument.name in ("dim", "dims") and isinstance(value, list | tuple) and len(value) == 1:
+                value = value[0]
+            by_place = by_place and not argument.kwarg_only and not isinstance(value, bool | torch.dtype)
+            text = self.source.value(value)
+            texts.append(text if by_place else f"{argument.name}={text}")
+        return texts
+
+    def text(self, name: str) -> str:
+        """Return an argument as Python."""
+        return self.source.value(self.given[name])
+
+    def size(self) -> str:
+        return f"{self.text('self')}.shape[{self.text('dim')}]"
+
+    def slice(self) -> str | None:
+        start, end, step = self.given.get("start"), self.given.get("end"), self.given.get("step", 1)
+        texts = (
+            "" if start in (None, 0) else self.source.value(start),
+            "" if end in (None, END) else self.source.value(end),
+            "" if step == 1 else self.source.value(step),
+        )
+        return self._at_axis(self.given.get("dim", 0), colon(*texts))
+
+    def select(self) -> str | None:
+        return self._at_axis(self.given["dim"], self.text("index"))
+
+    def _at_axis(self, axis: int, index: str) -> str | None:
+        x = self.text("self")
+        return f"{x}[{':, ' * axis}{index}]" if axis >= 0 else f"{x}[..., {index}]" if axis == -1 else None
+
+    def index(self) -> str | None:
+        indices = self.given["indices"]
+        if not all(v is None or len(self.source.network.shapes.get(v.name, ())) for v in indices):
+            return None  # an index without axes would be read as a number
+        return f"{self.text('self')}[{', '.join(':' if v is None else self.source.value(v) for v in indices)}]"
+
+    def negate(self) -> str:
+        return f"-{self.text('self')}"
+
+    def subtract_from(self) -> str | None:
+        return f"{self.text('other')} - {self.text('self')}" if "alpha" not in self.given else None
+
+    def hardtanh(self) -> str | None:
+        limits = self.given.get("min_val"), self.given.get("max_val")
+        return f"F.relu6({self.text('self')})" if limits == (0, 6) else None
+
+    def elu(self) -> str | None:
+        names = list(self.given)
+        return f"F.elu({', '.join(map(self.text, names))})" if names in (["self"], ["self", "alpha"]) else None
+
+    def constant_pad(self) -> str:
+        value = f", value={self.text('value')}" if "value" in self.given else ""
+        return f"F.pad({self.text('self')}, {self.text('pad')}{value})"
+
+    def cast(self) -> str | None:
+        return f"{self.text('self')}.to({self.text('dtype')})" if list(self.given) == ["self", "dtype"] else None
+
+    def interpolate(self, mode: str) -> str:
+        size, factors = self.given.get("output_size"), self.given.get("scale_factors")
+        by = f"size={self.source.value(size)}"
+        if size is None:
+            by = f"scale_factor={self.source.value(one_number(factors))}"
+        corners = ", align_corners=True" if self.given.get("align_corners") else ""
+        return f"F.interpolate({self.text('input')}, {by}, mode={self.source.value(mode)}{corners})"
 
 
-def _size(source: Expressions, given: dict[str, Any]) -> str:
-    return f"{source.value(given['self'])}.shape[{source.value(given['dim'])}]"
+def _interpolate(mode: str) -> Callable[[_Call], str]:
+    return lambda call: call.interpolate(mode)
 
 
-def _slice(source: Expressions, given: dict[str, Any]) -> str | None:
-    start, end, step = given.get("start"), given.get("end"), given.get("step", 1)
-    texts = (
-        "" if start in (None, 0) else source.value(start),
-        "" if end in (None, END) else source.value(end),
-        "" if step == 1 else source.value(step),
-    )
-    return _at_axis(source.value(given["self"]), given.get("dim", 0), colon(*texts))
-
-
-def _select(source: Expressions, given: dict[str, Any]) -> str | None:
-    return _at_axis(source.value(given["self"]), given["dim"], source.value(given["index"]))
-
-
-def _index(source: Expressions, given: dict[str, Any]) -> str | None:
-    indices = given["indices"]
-    if not all(v is None or len(source.network.shapes.get(v.name, ())) for v in indices):
-        return None  # an index without axes would be read as a number
-    return f"{source.value(given['self'])}[{', '.join(':' if v is None else source.value(v) for v in indices)}]"
-
-
-def _at_axis(x: str, axis: int, index: str) -> str | None:
-    return f"{x}[{':, ' * axis}{index}]" if axis >= 0 else f"{x}[..., {index}]" if axis == -1 else None
-
-
-def _negate(source: Expressions, given: dict[str, Any]) -> str:
-    return f"-{source.value(given['self'])}"
-
-
-def _subtract_from(source: Expressions, given: dict[str, Any]) -> str | None:
-    return f"{source.value(given['other'])} - {source.value(given['self'])}" if "alpha" not in given else None
-
-
-def _hardtanh(source: Expressions, given: dict[str, Any]) -> str | None:
-    limits = given.get("min_val"), given.get("max_val")
-    return f"F.relu6({source.value(given['self'])})" if limits == (0, 6) else None
-
-
-def _elu(source: Expressions, given: dict[str, Any]) -> str | None:
-    texts = [source.value(value) for value in given.values()]
-    return f"F.elu({', '.join(texts)})" if list(given) in (["self"], ["self", "alpha"]) else None
-
-
-def _constant_pad(source: Expressions, given: dict[str, Any]) -> str:
-    value = f", value={source.value(given['value'])}" if "value" in given else ""
-    return f"F.pad({source.value(given['self'])}, {source.value(given['pad'])}{value})"
-
-
-def _cast(source: Expressions, given: dict[str, Any]) -> str | None:
-    if list(given) != ["self", "dtype"]:
-        return None
-    return f"{source.value(given['self'])}.to({source.value(given['dtype'])})"
-
-
-def _interpolate(mode: str) -> Callable[[Expressions, dict[str, Any]], str]:
-    def call(source: Expressions, given: dict[str, Any]) -> str:
-        size, factors = given.get("output_size"), given.get("scale_factors")
-        by = f"scale_factor={source.value(one_number(factors))}" if size is None else f"size={source.value(size)}"
-        corners = ", align_corners=True" if given.get("align_corners") else ""
-        return f"F.interpolate({source.value(given['input'])}, {by}, mode={source.value(mode)}{corners})"
-
-    return call
-
-
-_SPECIAL: dict[str, Callable[[Expressions, dict[str, Any]], str | None]] = {
-    "sym_size.int": _size,
-    "slice.Tensor": _slice,
-    "select.int": _select,
-    "index.Tensor": _index,
-    "neg.default": _negate,
-    "rsub.Scalar": _subtract_from,
-    "hardtanh.default": _hardtanh,
-    "elu.default": _elu,
-    "constant_pad_nd.default": _constant_pad,
-    "to.dtype": _cast,
+_SPECIAL: dict[str, Callable[[_Call], str | None]] = {
+    "sym_size.int": _Call.size,
+    "slice.Tensor": _Call.slice,
+    "select.int": _Call.select,
+    "index.Tensor": _Call.index,
+    "neg.default": _Call.negate,
+    "rsub.Scalar": _Call.subtract_from,
+    "hardtanh.default": _Call.hardtanh,
+    "elu.default": _Call.elu,
+    "constant_pad_nd.default": _Call.constant_pad,
+    "to.dtype": _Call.cast,
     "upsample_nearest1d.vec": _interpolate("nearest"),
     "upsample_nearest2d.vec": _interpolate("nearest"),
     "upsample_nearest3d.vec": _interpolate("nearest"),
