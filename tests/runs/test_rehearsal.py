@@ -152,6 +152,7 @@ class Branches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         for block in self.blocks:
+            assert isinstance(block, nn.ModuleList)
             x = torch.relu(sum(branch(x) for branch in block))
         return self.head(x.mean((2, 3)))
 
