@@ -342,7 +342,7 @@ def test_an_earlier_measurement_survives_a_failed_write(tmp_path: Path, monkeypa
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(InputError, match="No space left"):
         save_measurement(model, latency([2.0] * 10))
     assert path.read_text() == before
