@@ -15,6 +15,7 @@ from bar_edge.network import Network, prunable
 from bar_edge.network.channels import Link, Passage, called_again, is_whole
 from bar_edge.network.counted_cost import CostCounter
 from bar_edge.network.cross_check import uncounted_flops
+from bar_edge.network.graph_json import safe_name
 from bar_edge.network.liveness import held_channels
 from bar_edge.network.priced_operations import LatencyCounter
 from bar_edge.network.prunable import scaled_by
@@ -197,7 +198,7 @@ def _kept_layers(
     whole, least = set[str](), dict[str, int]()
     for item in keep:
         pattern, equals, number = item.partition("=")
-        names = fnmatch.filter(widths, pattern)
+        names = fnmatch.filter(widths, pattern) or fnmatch.filter(widths, safe_name(pattern))  # the user's own name
         if not names or (equals and not number.isdigit()):
             raise InputError(
                 "--keep PATTERN or PATTERN=WIDTH, with a pattern that fits a convolution or linear layer",

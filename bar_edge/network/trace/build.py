@@ -19,6 +19,8 @@ from bar_edge.network.trace.writes import Writes
 
 aten = torch.ops.aten
 
+#: names in the source that fx writes of a graph
+_WRITTEN = {"torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", "getattr", "slice"}
 #: operators that make a tensor of one number
 _UNIFORM: dict[object, int | None] = {aten.zeros.default: 0, aten.ones.default: 1, aten.full.default: None}
 
@@ -57,7 +59,7 @@ class GraphBuilder:
         for node in self.program.graph.nodes:
             if node.op == "placeholder":
                 if node.name in self.inputs:
-                    self.nodes[node] = self.graph.placeholder(node.name)
+                    self.nodes[node] = self.graph.placeholder(self._input_name(node.name))
             elif node.op == "output":
                 self.graph.output(tuple(self._map(arg) for arg in node.args[0][skipped:]))
             elif node.op == "call_function":
@@ -69,6 +71,13 @@ class GraphBuilder:
         body.recompile()
         body.delete_all_unused_submodules()
         return body
+
+    def _input_name(self, name: str) -> str:
+        """Return the user's name of an input, changed if it would hide what fx writes into the source of a graph."""
+        new = name
+        while new in _WRITTEN or (new != name and new in self.inputs):
+            new += "_"
+        return new
 
     def _call(self, node: fx.Node) -> None:
         if node in self.constants.values and node not in self.constants.moved:
