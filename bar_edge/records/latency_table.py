@@ -86,10 +86,11 @@ class Prices:
     ms: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless widths rise from 1 on and each point of the grid has a price."""
+        """Raise ValueError unless widths rise from 0 on and each point of the grid has a price."""
         for axis in self.widths:
-            if not axis or list(axis) != sorted(set(axis)) or not all(type(n) is int and 0 < n < _WIDEST for n in axis):
-                raise ValueError("widths that do not rise from 1 on")
+            rises = list(axis) == sorted(set(axis)) and all(type(n) is int and 0 <= n < _WIDEST for n in axis)
+            if not axis or not rises:
+                raise ValueError("widths that do not rise from 0 on")
         if len(self.ms) != math.prod(map(len, self.widths)) or not all(0 <= ms < math.inf for ms in self.ms):
             raise ValueError("prices that are no times, or not one for each point")
 
@@ -119,8 +120,8 @@ class LatencyTable:
         """Raise ValueError for steps and scales by which nothing can be priced."""
         if not all(type(n) is int and 0 < n < _WIDEST for n in (self.rounding, self.step)):
             raise ValueError(f"rounding {self.rounding}, step {self.step}")
-        numbers = (self.layer_scale, self.rest_scale, self.constant_ms)
-        if not all(isinstance(n, int | float) and 0 <= n < math.inf for n in numbers):
+        numbers = (self.layer_scale, self.rest_scale, self.constant_ms)  # fitted: the constant may lie below 0
+        if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers) or min(numbers[:2]) < 0:
             raise ValueError(f"scales and constant {numbers}")
         if not all(0 < ms < math.inf for pair in self.checks for ms in pair):
             raise ValueError("checks that are no times")

@@ -117,7 +117,7 @@ def test_digits(digits: DataSource) -> None:
     images, targets = everything(digits.fit)
     held_out, _ = everything(digits.held_out)
     training = pixels_of(torch.cat([images, held_out]), digits)
-    assert (training.min(), training.max()) == (0, 255)
+    assert (training.min().item(), training.max().item()) == (0, 255)
     assert targets.dtype == torch.int64
     normalised = torch.cat([images, held_out]).double()
     assert normalised.mean().item() == pytest.approx(0, abs=1e-5)

@@ -297,7 +297,7 @@ def test_torchs_own_moving_average() -> None:
 
 def test_frozen_parameters_and_frozen_norms() -> None:
     module = model()
-    module.conv1.weight.requires_grad_(False)
+    module.get_parameter("conv1.weight").requires_grad_(False)
     pruner = pruner_for(module, config=NOISY)
     frozen = pruner.dense.body.get_parameter("conv1.weight")
     assert not any(p is frozen for p in pruner.weights())

@@ -326,6 +326,6 @@ def test_lambda_is_the_share_of_the_full_cost() -> None:
         zero = outputs.sum() * 0
         loss = pruner.loss(zero, torch.zeros(2, 3, 8, 8), outputs)
         stats = pruner.stats()
-        full = count(pruner.dense).of(metric)  # type: ignore[arg-type]
+        full = count(pruner.dense).of(metric)
         assert stats["volume"] == full and stats["barrier"] > 0
         assert loss.item() == pytest.approx(31.13 / full * stats["barrier"] * stats["sparsity"], rel=1e-5)

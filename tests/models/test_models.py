@@ -105,12 +105,12 @@ def test_width_rounds_and_never_reaches_zero() -> None:
     network = build("resnet20", input_shape=CIFAR, classes=10, model_args=("width=0.01",))
     assert {m.out_channels for m in network.modules() if isinstance(m, nn.Conv2d)} == {1}
     network = build("resnet20", input_shape=CIFAR, classes=10, model_args=("width=0.35",))
-    assert network.get_submodule("conv1").weight.shape[0] == 6
+    assert network.get_parameter("conv1.weight").shape[0] == 6
 
 
 def test_initialisation_is_he_fan_out() -> None:
     torch.manual_seed(0)
-    weight = build("wrn-10-4", input_shape=CIFAR, classes=10).get_submodule("stages.2.0.conv2").weight
+    weight = build("wrn-10-4", input_shape=CIFAR, classes=10).get_parameter("stages.2.0.conv2.weight")
     # 590,000 normal samples: the relative error of their deviation is about 1e-3
     assert weight.std().item() == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.01)
 

@@ -56,7 +56,11 @@ def main(arguments: list[str]) -> int:
     for argument in arguments:
         name, equals, value = argument.removeprefix("--").partition("=")
         known = name in options and argument.startswith("--")
-        if not known or bool(equals) == (options[name] is FLAG) or (equals and not re.fullmatch(options[name], value)):
+        if (
+            not known
+            or bool(equals) == (options[name] is FLAG)
+            or (equals and not re.fullmatch(options[name] or "", value))
+        ):
             print(f"[E] Unknown option: {argument}\n&&&& FAILED {banner}")
             return 1
         given[name] = value
