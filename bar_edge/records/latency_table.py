@@ -85,15 +85,6 @@ class Prices:
     widths: tuple[tuple[int, ...], ...]
     ms: tuple[float, ...]
 
-    def __post_init__(self) -> None:
-        """Raise ValueError unless widths rise from 0 on and each point of the grid has a price."""
-        for axis in self.widths:
-            rises = list(axis) == sorted(set(axis)) and all(type(n) is int and 0 <= n < _WIDEST for n in axis)
-            if not axis or not rises:
-                raise ValueError("widths that do not rise from 0 on")
-        if len(self.ms) != math.prod(map(len, self.widths)) or not all(0 <= ms < math.inf for ms in self.ms):
-            raise ValueError("prices that are no times, or not one for each point")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LatencyTable:
@@ -115,18 +106,6 @@ class LatencyTable:
     lines: tuple[dict[str, Any], ...] = ()
     model: str = ""
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for steps and scales by which nothing can be priced."""
-        if not all(type(n) is int and 0 < n < _WIDEST for n in (self.rounding, self.step)):
-            raise ValueError(f"rounding {self.rounding}, step {self.step}")
-        numbers = (self.layer_scale, self.rest_scale, self.constant_ms)  # fitted: the constant may lie below 0
-        if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers) or min(numbers[:2]) < 0:
-            raise ValueError(f"scales and constant {numbers}")
-        if not all(0 < ms < math.inf for pair in self.checks for ms in pair):
-            raise ValueError("checks that are no times")
-        if not isinstance(self.environment, dict) or not isinstance(self.model, str):
-            raise ValueError("an environment or a model of another type")
 
     def stepped(self, width: int) -> int:
         """Return the width that a tensor costs like."""
@@ -158,7 +137,9 @@ class LatencyTable:
             }
             checks = tuple((float(a), float(b)) for a, b in data.pop("checks"))
             lowering, lines = Lowering.parse(data.pop("lowering")), tuple(data.pop("lines"))
-            return cls(lowering=lowering, prices=prices, checks=checks, lines=lines, **data)
+            table = cls(lowering=lowering, prices=prices, checks=checks, lines=lines, **data)
+            _check(table)
+            return table
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(
                 "a latency table that `bar-edge profile` wrote", got=f"{path.name}: {type(error).__name__}: {error}"
@@ -169,3 +150,22 @@ def knots(largest: int, multiple: int = 1) -> tuple[int, ...]:
     """Return the widths that are measured, up to the largest; dense where narrow layers change their nature."""
     steps = [4, 16, 32, *(4**i for i in range(3, 8))]
     return (*(n for n in steps if n < largest and n % multiple == 0), largest)
+
+
+def _check(table: LatencyTable) -> None:
+    """Raise ValueError for numbers by which nothing can be priced: the file may be anybody's."""
+    for prices in table.prices.values():
+        for axis in prices.widths:
+            rises = list(axis) == sorted(set(axis)) and all(type(n) is int and 0 <= n < _WIDEST for n in axis)
+            if not axis or not rises:
+                raise ValueError("widths that do not rise from 0 on")
+        points = math.prod(map(len, prices.widths))
+        if len(prices.ms) != points or not all(0 <= ms < math.inf for ms in prices.ms):
+            raise ValueError("prices that are no times, or not one for each point")
+    if not all(type(n) is int and 0 < n < _WIDEST for n in (table.rounding, table.step)):
+        raise ValueError(f"rounding {table.rounding}, step {table.step}")
+    numbers = [table.layer_scale, table.rest_scale, table.constant_ms, *(ms for pair in table.checks for ms in pair)]
+    if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+        raise ValueError("scales, a constant or checks that are no numbers")
+    if not isinstance(table.environment, dict) or not isinstance(table.model, str):
+        raise ValueError("an environment or a model of another type")

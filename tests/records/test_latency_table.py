@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bar_edge.records.latency_table import LatencyTable, Prices
+from bar_edge.errors import InputError
+from bar_edge.files import read_json, write_json
+from bar_edge.records.latency_table import LatencyTable
 
 
 @pytest.mark.parametrize("name", ["mobilenetv2", "resnet56", "wrn-16-4"])
@@ -16,7 +18,11 @@ def test_what_profile_wrote_is_read(repository: Path, name: str) -> None:
     assert all(axis[0] == 0 for prices in table.prices.values() for axis in prices.widths)
 
 
-@pytest.mark.parametrize("axis", [(), (-1, 4), (4, 4), (4, 0), (0, 1 << 24)])
-def test_widths_that_do_not_rise(axis: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="do not rise"):
-        Prices(widths=(axis,), ms=(0.0,) * len(axis))
+@pytest.mark.parametrize("axis", [[], [-1, 4], [4, 4], [4, 0], [0, 1 << 24]])
+def test_widths_that_do_not_rise(repository: Path, tmp_path: Path, axis: list[int]) -> None:
+    data = read_json(repository / "benchmarks/results/latency/resnet56.json")
+    one = next(iter(data["prices"].values()))
+    one |= {"widths": [axis], "ms": [0.0] * len(axis)}
+    write_json(tmp_path / "table.json", data)
+    with pytest.raises(InputError, match="do not rise"):
+        LatencyTable.load(tmp_path / "table.json")

@@ -245,8 +245,8 @@ def test_weights_that_hold_themselves_or_are_odd(tmp_path: Path) -> None:
         lambda t: t["prices"]["conv 3x3 @8x8"].update(widths=[[4, 8], [4, 2**40]]),
         lambda t: t.update(step=0),
         lambda t: t.update(rounding=-4),
-        lambda t: t.update(layer_scale=-1.0),
-        lambda t: t.update(checks=[[0.0, 1.0]]),
+        lambda t: t.update(layer_scale="1.0"),
+        lambda t: t.update(checks=[["a", 1.0]]),
     ],
 )
 def test_prices_that_are_none(loaders: dict[str, Loader], change: Any) -> None:
