@@ -156,7 +156,7 @@ def _encode(value: Any) -> Any:
             return {"torch": str(value).removeprefix("torch.")}
         case torch.device():
             return {"device": str(value)}
-        case float() if value in (float("inf"), float("-inf")):
+        case float() if not math.isfinite(value):
             return {"float": str(value)}
         case slice():
             return {"slice": [_encode(value.start), _encode(value.stop), _encode(value.step)]}
