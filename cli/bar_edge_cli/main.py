@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -44,10 +45,9 @@ def main(argv: Sequence[str]) -> int:
 
     128 and the number of a signal that ended it: 130 is Ctrl-C, 143 SIGTERM, 129 SIGHUP.
     """
-    _raise_on_signals()
     # read here and not from the parser, so that they also hold for what goes wrong while parsing
     as_json, debug = "--json" in argv, "--debug" in argv
-    with _own_stdout(as_json) as out:
+    with _own_stdout(as_json) as out, _unwinding_signals():
         try:
             _check_alone()
             answer = typer.main.get_command(app)(list(argv), prog_name="bar-edge", standalone_mode=False)
@@ -82,17 +82,24 @@ def main(argv: Sequence[str]) -> int:
             return code
 
 
-def _raise_on_signals() -> None:
+@contextlib.contextmanager
+def _unwinding_signals() -> Iterator[None]:
     """Let the signals of schedulers and closed terminals unwind the command, so that it leaves nothing half-written."""
 
     def end(number: int, _: FrameType | None) -> None:
         raise Terminated(128 + number)
 
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        # what is ignored, as under nohup, stays so
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, end)
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # what is ignored, as under nohup, stays so; and only the main thread may have handlers
+    alone = threading.current_thread() is threading.main_thread()
+    held = [number for number in numbers if alone and signal.getsignal(number) == signal.SIG_DFL]
+    for number in held:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in held:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _check_alone() -> None:

@@ -4,8 +4,10 @@ import inspect
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -350,6 +352,17 @@ def test_errors_are_lines_and_exit_codes(
     captured = capfd.readouterr()
     assert said in captured.err and "Traceback" not in captured.err
     assert captured.out == ""
+
+
+def test_a_signal_unwinds_the_command_and_only_it(pipeline: Pipeline, capfd: pytest.CaptureFixture[str]) -> None:
+    def stopped() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)  # never to its end
+
+    pipeline.answer = stopped
+    assert main(["doctor"]) == 143
+    assert capfd.readouterr().err == "terminated\n"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_torchrun_is_refused_in_words(
