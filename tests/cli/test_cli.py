@@ -355,9 +355,10 @@ def test_errors_are_lines_and_exit_codes(
 
 
 def test_a_signal_unwinds_the_command_and_only_it(pipeline: Pipeline, capfd: pytest.CaptureFixture[str]) -> None:
-    def stopped() -> None:
+    def stopped() -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)  # never to its end
+        return {}
 
     pipeline.answer = stopped
     assert main(["doctor"]) == 143
