@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,10 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        if zipfile.is_zipfile(path):  # torch packs nothing: what unpacks to more is no checkpoint of torch.save
+            with zipfile.ZipFile(path) as parts:
+                if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:
+                    raise ValueError("parts larger than the file")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's restricted unpickler raises whatever a damaged file makes it stumble over
         raise InputError(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 import zipfile
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from bar_edge.config import TrainConfig
-from bar_edge.errors import Terminated
+from bar_edge.errors import InputError, Terminated
+from bar_edge.models import load_weights
 from bar_edge.progress import NoProgress
 from bar_edge.training import Journal, loop, train
 from bar_edge.training.journal import read_checkpoint
@@ -196,6 +198,34 @@ def test_two_damaged_checkpoints_cost_the_phase(tmp_path, whole):
     for file in (tmp_path / "checkpoints").glob("prune*.pt"):
         flip(file)
     assert_same(road(tmp_path, resume=True), tmp_path, whole)
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_whole_one(tmp_path, monkeypatch):
+    """Damage, a resume, and a stop inside the next save: the whole one is still there."""
+    journal = Journal(tmp_path)
+    whole = {"settings": {"epochs": 3}, "step": 0, "network": {}, "optimizer": {}, "ema": None, "pruner": None}
+    for epoch in (1, 2):
+        journal.save("dense", {**whole, "epochs_done": epoch})
+    DAMAGE["truncated"](tmp_path / "checkpoints" / "dense.pt")
+    resumed = Journal(tmp_path, resume=True)
+    assert resumed.load("dense", {"epochs": 3})["epochs_done"] == 1
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr("bar_edge.training.journal.write_bytes", lambda *_: (_ for _ in ()).throw(Stop()))
+        resumed.save("dense", {**whole, "epochs_done": 2})
+    assert Journal(tmp_path, resume=True).load("dense", {"epochs": 3})["epochs_done"] == 1
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_it_has_is_not_unpacked(tmp_path):
+    path = tmp_path / "dense.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file, file.open("archive/data.pkl", "w") as part:
+        for _ in range(300):
+            part.write(bytes(1_000_000))
+    start = time.process_time()
+    with pytest.raises(InputError, match="larger than the file"):
+        read_checkpoint(path)
+    assert time.process_time() - start < 0.2
+    with pytest.raises(InputError, match="larger than the file"):
+        load_weights(small_network(), path)
 
 
 def test_a_checkpoint_that_is_gone(tmp_path, whole):
