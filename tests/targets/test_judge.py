@@ -33,7 +33,7 @@ from bar_edge.records.tolerance import TOLERANCES
 from bar_edge.targets.artifact import ArtifactSpec, convert_artifact, write_artifact
 from bar_edge.targets.onnx.file import export_onnx
 from bar_edge.targets.onnx.parity import cpu_session, difference, relative
-from bar_edge.targets.verify import overflow_note, read_manifest, verify_artifact
+from bar_edge.targets.verify import file_precision, overflow_note, read_manifest, sample_error, verify_artifact
 from bar_edge_calibration.quantize import quantize
 from bar_edge_calibration.recipe import load_recipe
 from tests.calibration import saturating
@@ -215,13 +215,23 @@ def test_a_runtime_that_computes_something_else_is_a_no(
     def session(path: Path, *, as_written: bool = False) -> Any:
         return honest(path, as_written=True) if as_written else Overflowing(path)
 
+    def here(
+        folder: Path, _: float
+    ) -> tuple[float, int]:  # not in a process of its own, which would have no such session
+        manifest = read_manifest(folder)
+        return sample_error(folder, manifest, file_precision(manifest))
+
+    def overflow() -> None:
+        monkeypatch.setattr("bar_edge.targets.verify.cpu_session", session)
+        monkeypatch.setattr("bar_edge.targets.verify._sample_error_apart", here)
+
     shipped = artifact(7)
-    monkeypatch.setattr("bar_edge.targets.verify.cpu_session", session)
+    overflow()
     assert parity_of(shipped)[0]
     monkeypatch.undo()
     eight = artifact(8)
     assert parity_of(eight)[0]
-    monkeypatch.setattr("bar_edge.targets.verify.cpu_session", session)
+    overflow()
     assert not parity_of(eight)[0]
     with pytest.raises(AssertionError):  # and as it is written, too
         artifact(8)

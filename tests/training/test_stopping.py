@@ -37,12 +37,14 @@ class SignalAt(NoProgress):
 
 @pytest.fixture
 def unwinding():
-    """What the command does with signals: SIGTERM and SIGHUP unwind it."""
+    """What the command does with signals: SIGTERM and SIGHUP unwind it, as Ctrl-C does."""
 
     def end(number, _):
         raise Terminated(128 + number)
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # a shell that starts the tests in the background ignores it
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -80,7 +82,7 @@ def test_a_signal_loses_no_step(tmp_path, by_steps, every_step, unwinding, phase
     assert (phase, step) not in resumed.steps  # it is not done again
 
 
-def test_a_stop_between_two_lines_of_metrics(tmp_path, whole, monkeypatch):
+def test_a_stop_between_two_lines_of_metrics(tmp_path, whole, monkeypatch, unwinding):
     """The losses that no line told of yet are told by the line after the resume."""
     done = []
 
