@@ -345,8 +345,10 @@ def _answer(finished: Finished, where: str, timeout_s: float) -> dict[str, Any]:
     if finished.returncode < 0:
         killer = signal.Signals(-finished.returncode).name
         raise _died(f"killed by {killer}{at}", "try another runtime or lowering, or a smaller batch")
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         answer: dict[str, Any] = json.loads(finished.stdout)
+        if not isinstance(answer, dict):
+            raise ValueError("no object")
         if "error" not in answer:
             return answer
         raise _said(answer["error"])
@@ -356,10 +358,11 @@ def _answer(finished: Finished, where: str, timeout_s: float) -> dict[str, Any]:
 
 def _said(fields: dict[str, Any]) -> BarEdgeError:
     """Return the error that an answer describes; raises ValueError if it describes none."""
-    texts = {name: str(fields.get(name, ""))[:2000] for name in ("required", "got", "consequence", "remedy")}
-    if fields.get("kind") not in _ERRORS:
+    kind = fields.get("kind") if isinstance(fields, dict) else None
+    if not isinstance(kind, str) or kind not in _ERRORS:
         raise ValueError("an error of another kind")
-    return _ERRORS[fields["kind"]](texts.pop("required"), **texts)
+    texts = {name: str(fields.get(name, ""))[:2000] for name in ("required", "got", "consequence", "remedy")}
+    return _ERRORS[kind](texts.pop("required"), **texts)
 
 
 def _check_answer(answer: dict[str, Any], request: dict[str, Any]) -> None:

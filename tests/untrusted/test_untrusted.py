@@ -19,10 +19,11 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from bar_edge.bench import load_measurement
+from bar_edge.bench import bench_onnx, load_measurement
+from bar_edge.bench.ssh import Finished
 from bar_edge.config import TrainConfig, read_toml
 from bar_edge.data import load_data
-from bar_edge.errors import BarEdgeError, InputError
+from bar_edge.errors import BarEdgeError, EnvironmentLacks, InputError
 from bar_edge.files import read_json
 from bar_edge.models import load_weights
 from bar_edge.network import Network
@@ -32,6 +33,7 @@ from bar_edge.records.latency_table import LatencyTable
 from bar_edge.report import write_report
 from bar_edge.requests import ExportRequest, PruneRequest, prune_request
 from bar_edge.runs.run_folder import read_result
+from bar_edge.targets.artifact import replacing
 from bar_edge.targets.verify import read_manifest, verify_artifact
 from bar_edge.training.journal import read_checkpoint
 from bar_edge_calibration.collect import Calibration
@@ -340,3 +342,33 @@ def test_calibrations_that_are_none(tmp_path: Path) -> None:
         file.write_bytes(data)
         with pytest.raises(InputError):
             Calibration.load(file)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *("no JSON", "[]", "3", "null", "{}", "[" * 100_000, '{"error": "text"}', '{"error": {"kind": "SystemExit"}}'),
+        *('{"error": {"kind": []}}', '{"models": []}', '{"models": 3, "environment": {}}'),
+        '{"models": [{}], "environment": {"runtime": "../x", "threads": 1, "batch": 1}, "conditions": {}}',
+        '{"models": [{"samples_ms": [-1.0]}], "environment": {"runtime": "onnxruntime-cpu", "threads": 1, "batch": 1}}',
+    ],
+)
+def test_what_a_device_answers_is_not_believed(
+    loaders: dict[str, Loader], monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    finished = Finished(returncode=0, stdout=said, stderr="")
+    monkeypatch.setattr("bar_edge.bench.protocol._run_here", lambda *_: finished)
+    with pytest.raises(EnvironmentLacks):
+        bench_onnx([loaders["manifest"].file.parent])
+
+
+def test_what_a_killed_export_left_is_swept(tmp_path: Path) -> None:
+    """Its half-written folder goes; the artifact that it had moved away comes back; those of the living stay."""
+    gone, mine = 2**22 + 1, os.getpid()  # Linux numbers no process so high
+    for name in (f".a.{gone}.tmp", f".a.{gone}.old", f".b.{mine}.x.tmp", f".a.{mine}.x"):
+        (tmp_path / name).mkdir()
+    (tmp_path / f".a.{gone}.old" / "manifest.json").write_text("{}")
+    with replacing(tmp_path / "a") as temporary:
+        assert (tmp_path / "a" / "manifest.json").is_file()
+        temporary.rmdir()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["a", f".b.{mine}.x.tmp", f".a.{mine}.x"])
